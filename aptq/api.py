@@ -201,20 +201,21 @@ class Grid(Protocol):
     def permuted(self, order: Tensor) -> Grid:
         """Return the same grid with position ``j`` of head ``h`` being column ``order[h, j]`` (``[heads, in]``)."""
 
-    def round(self, values: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Round the column at a position.
+    def round(self, values: Tensor, position: int | slice) -> tuple[Tensor, Tensor]:
+        """Round one column, or a run of columns that need no feedback between them.
 
         Args:
-            values: ``[heads, rows]``, float; the column's weights after error feedback.
-            position: index of the column in this grid's order.
+            values: ``[heads, rows]`` for a position, ``[heads, columns, rows]`` for a slice of positions; float, the
+                weights after error feedback. Note the order: columns before rows.
+            position: where in this grid's order of columns.
 
         Returns:
-            codes ``[heads, rows]`` (or fewer, for formats that code several rows at once), integer; and what the
-            codes stand for, ``[heads, rows]``, in the dtype of ``values``.
+            codes, integer-valued in any dtype, in the shape of ``values`` (the last dimension is shorter for formats
+            that code several rows at once); and what the codes stand for, in shape and dtype of ``values``.
         """
 
     def finish(self, codes: Tensor) -> QuantizedWeight:
-        """Bind codes ``[heads, rows, in]``, in the order of *this* grid's columns, to the parameters."""
+        """Bind codes ``[heads, in, rows]``, in the order of *this* grid's columns, to the parameters."""
 
 
 @runtime_checkable

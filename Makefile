@@ -1,0 +1,45 @@
+# `make demo` and `make test` set up .venv on a fresh machine by themselves; it is built anew when its inputs change.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PACKAGES := aptq plugins/aptq-ternary/aptq_ternary
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: setup demo test test-slow test-gpu lint benchmark clean
+
+setup: $(STAMP)
+
+# torch first and alone, at the constrained version: no later step has a reason to choose another one.
+$(STAMP): pyproject.toml plugins/aptq-ternary/pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "aptq needs Python 3.11 or newer; set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) 'torch==2.13.0'
+	$(PIP) --editable '.[demo,dev]'
+	$(PIP) --editable plugins/aptq-ternary
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/aptq
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest --run-slow
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(PACKAGES)
+
+benchmark: $(STAMP)
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

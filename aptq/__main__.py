@@ -1,0 +1,5 @@
+"""``python -m aptq`` is ``aptq``."""
+
+from aptq.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Which option each layer gets: one file a component."""

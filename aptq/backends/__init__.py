@@ -1,0 +1,1 @@
+"""What multiplies packed weights, and how one is chosen."""

@@ -1,0 +1,61 @@
+"""Choose the backend of a layer, keeping the reasons of those that refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from aptq import registry
+from aptq.api import AptqError, Backend, LayerSpec
+
+
+def installed_backends() -> tuple[dict[str, Backend], dict[str, str]]:
+    """Return every installed backend by name, and why the others could not be made."""
+    backends: dict[str, Backend] = {}
+    broken: dict[str, str] = {}
+    for name in registry.available("backend"):
+        try:
+            backends[name] = registry.build("backend", {"name": name})
+        except AptqError as error:
+            broken[name] = str(error)
+    return backends, broken
+
+
+def choose_backend(
+    spec: LayerSpec, name: str = "auto", installed: Mapping[str, Backend] | None = None
+) -> tuple[Backend, dict[str, str]]:
+    """Return the backend for a layer, and by name why others refused it.
+
+    Args:
+        spec: what the layer needs.
+        name: one backend's name, or "auto" for the first that accepts, highest priority first.
+        installed: backends to choose from; default: all that are installed.
+
+    Raises:
+        AptqError: when the named backend refuses or is not installed, or when every backend refuses.
+    """
+    refusals: dict[str, str] = {}
+    if installed is None:
+        installed, refusals = installed_backends()
+    if name != "auto" and name not in installed:  # unknown or broken: the registry says which, and what to do
+        installed = {**installed, name: registry.build("backend", {"name": name})}
+    ranked = sorted(installed.items(), key=lambda item: (-item[1].priority, item[0]))
+    for candidate, backend in ranked:
+        reason = backend.refuses(spec)
+        if reason is not None:
+            refusals[candidate] = reason
+        elif name in ("auto", candidate):
+            return backend, refusals
+    raise AptqError(_message(spec, name, refusals))
+
+
+def _message(spec: LayerSpec, name: str, refusals: Mapping[str, str]) -> str:
+    """Say what was asked, and every refusal."""
+    layer = (
+        f"a layer [{spec.out_features}, {spec.in_features}] of format {spec.format_name}, {spec.option.bits} bits, "
+        f"group size {spec.option.group_size}, {spec.dtype} on {spec.device}"
+    )
+    others = "; ".join(f"{other}: {why}" for other, why in refusals.items() if other != name)
+    if name == "auto":
+        return f"No backend can run {layer}. Refusals: {others or 'none, no backend is installed'}."
+    also = f" Others refuse too: {others}." if others else ""
+    return f"Backend {name} cannot run {layer}: {refusals[name]}.{also} Use backend=auto to take the best that can."

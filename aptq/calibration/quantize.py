@@ -1,0 +1,162 @@
+"""Pass 2: rounding every layer on the inputs that the quantized blocks before it give."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from aptq.api import (
+    Block,
+    Callback,
+    Curvature,
+    Factors,
+    Format,
+    HessianEstimator,
+    Layer,
+    LayerReport,
+    Option,
+    Quantizer,
+)
+from aptq.calibration.distribute import broadcast_tensors
+from aptq.calibration.observe import observe
+from aptq.calibration.rounding import round_layer
+from aptq.calibration.walk import Step, Walk
+
+STAGE = "quantize"
+_log = logging.getLogger(__name__)
+
+
+class BlockStore(Protocol):
+    """Where finished blocks are kept, so that an interrupted run goes on after the last of them."""
+
+    def block_done(self, index: int) -> bool:
+        """Whether the block is whole on disk."""
+
+    def save_block(self, index: int, tensors: dict[str, Tensor], reports: list[LayerReport]) -> None:
+        """Keep a block's packed tensors, named ``layer.tensor``."""
+
+    def load_block(self, index: int) -> tuple[dict[str, Tensor], list[LayerReport]]:
+        """Return what ``save_block`` was given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to quantize: the components of pass 2 and the plan they follow."""
+
+    estimator: HessianEstimator
+    quantizer: Quantizer
+    format: Format
+    plan: Mapping[str, Option]
+    costs: Mapping[str, float]  # predicted by the metric for the plan; empty when none ran
+
+
+def quantize(walk: Walk, recipe: Recipe, store: BlockStore, callbacks: Callback) -> list[LayerReport]:
+    """Quantize every layer of the plan, block by block; return one report a layer.
+
+    Blocks that the store already holds are dequantized and run, which gives the next block bit for bit the inputs it
+    would have had without the interruption.
+    """
+    reports: list[LayerReport] = []
+    for step in walk.steps():
+        index = step.block.index
+        callbacks.on_advance(stage=STAGE, done=index, detail=step.block.name)
+        if store.block_done(index):
+            tensors, rows = store.load_block(index)
+            _restore(step.block, recipe, tensors, walk.fabric.device)
+        else:
+            rows = _quantize_block(step, recipe, walk, store, callbacks)
+        step.run()
+        reports += rows
+        mean = sum(row.relative_error for row in rows) / max(len(rows), 1)
+        callbacks.on_block_end(stage=STAGE, index=index, metrics={"relative_error": mean})
+    return reports
+
+
+def _restore(block: Block, recipe: Recipe, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put the dequantized weights of stored packed tensors into a block."""
+    for name, option, layer in _planned(block, recipe):
+        packed = {key: tensors[f"{name}.{key}"].to(device) for key in recipe.format.packed_layout(option, layer.shape)}
+        _set_from_packed(layer, packed, recipe.format, option)
+
+
+def _set_from_packed(layer: Layer, packed: Mapping[str, Tensor], format: Format, option: Option) -> None:
+    layer.set_weight(format.dequantize(format.unpack(packed, option, layer.shape), option))
+
+
+def _planned(block: Block, recipe: Recipe) -> list[tuple[str, Option, Layer]]:
+    return [(name, recipe.plan[name], layer) for name, layer in block.layers.items() if name in recipe.plan]
+
+
+def _quantize_block(
+    step: Step, recipe: Recipe, walk: Walk, store: BlockStore, callbacks: Callback
+) -> list[LayerReport]:
+    """Observe a block, round its layers on their owner ranks, share the codes, store them."""
+    fabric, block = walk.fabric, step.block
+    curvatures, owners = observe(step, recipe.estimator, walk, fabric)
+    planned = _planned(block, recipe)
+    packed: dict[str, dict[str, Tensor]] = {}
+    rows: dict[str, LayerReport] = {}
+    factors: dict[int, Factors] = {}
+    for number, (name, option, layer) in enumerate(planned):
+        if name in curvatures:
+            done = block.index + (number + 1) / (len(planned) + 1)
+            callbacks.on_advance(stage=STAGE, done=done, detail=f"{name} at {option.bits} bits")
+            rows[name], packed[name] = _quantize_layer(layer, curvatures[name], recipe, option, factors)
+    stored: dict[str, Tensor] = {}
+    reports = []
+    for name, option, layer in planned:
+        layout = recipe.format.packed_layout(option, layer.shape)
+        tensors = broadcast_tensors(packed.pop(name, None), layout, owners[name], fabric)
+        _set_from_packed(layer, tensors, recipe.format, option)
+        stored.update((f"{name}.{key}", tensor.cpu()) for key, tensor in tensors.items())
+        report = fabric.broadcast(rows.get(name), src=owners[name]) if fabric.world_size > 1 else rows[name]
+        callbacks.on_layer_end(stage=STAGE, report=report)
+        reports.append(report)
+    if fabric.global_rank == 0:
+        store.save_block(block.index, stored, reports)
+    return reports
+
+
+def _quantize_layer(
+    layer: Layer, curvature: Curvature, recipe: Recipe, option: Option, factors: dict[int, Factors]
+) -> tuple[LayerReport, dict[str, Tensor]]:
+    """Round one layer and measure it; layers that share a curvature share its factors."""
+    started = time.perf_counter()
+    if id(curvature) not in factors:
+        factors[id(curvature)] = recipe.quantizer.prepare(curvature)
+        for event in factors[id(curvature)].events:
+            _log.warning("%s: %s", layer.name, event)
+    shared = factors[id(curvature)]
+    outcome = round_layer(layer.weight().float(), curvature, recipe.quantizer, shared, recipe.format, option)
+    out_features, in_features = layer.shape
+    packed = recipe.format.pack(outcome.weight, option)
+    report = LayerReport(
+        name=layer.name,
+        out_features=out_features,
+        in_features=in_features,
+        bits=option.bits,
+        group_size=option.group_size,
+        storage_bits=storage_bits(recipe.format, option, layer.shape) / (out_features * in_features),
+        tokens=curvature.tokens,
+        trace=curvature.trace(out_features) / (out_features * in_features),
+        predicted_cost=recipe.costs.get(layer.name),
+        error_nearest=outcome.error_nearest,
+        error=outcome.error,
+        relative_error=outcome.relative_error,
+        damping=shared.damping,
+        seconds=time.perf_counter() - started,
+        events="; ".join(shared.events),
+    )
+    return report, packed
+
+
+def storage_bits(format: Format, option: Option, shape: tuple[int, int]) -> int:
+    """Return all bits that a layer takes on disk: codes, scales, zeros, padding."""
+    layout = format.packed_layout(option, shape).values()
+    return sum(8 * dtype.itemsize * torch.Size(size).numel() for size, dtype in layout)

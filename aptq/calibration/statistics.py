@@ -1,0 +1,74 @@
+"""The statistics cache: what pass 1 found, kept by the content it was computed from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aptq.api import LayerStatistics, Option
+from aptq.files import write_json
+
+
+@dataclass(frozen=True)
+class StatisticsCache:
+    """One JSON file a block under ``folder / key``; a budget sweep finds them all and pass 1 is not run again."""
+
+    folder: Path
+    key: str
+
+    def load(self, index: int) -> list[LayerStatistics] | None:
+        """Return a block's statistics, or None where they are not known (or were cut off while being written)."""
+        try:
+            rows = json.loads(self._path(index).read_text())
+            return [_from_json(row) for row in rows]
+        except (FileNotFoundError, json.JSONDecodeError, KeyError):
+            return None
+
+    def save(self, index: int, statistics: list[LayerStatistics]) -> None:
+        """Keep a block's statistics; the file appears whole or not at all."""
+        self._path(index).parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._path(index), [_to_json(entry) for entry in statistics])
+
+    def _path(self, index: int) -> Path:
+        return self.folder / self.key / f"{index:04d}.json"
+
+
+def content_key(parts: Mapping[str, Any]) -> str:
+    """Return a name for what the statistics depend on: equal parts give equal keys, on any machine."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def code_fingerprint() -> str:
+    """Return a digest of this package's source: statistics of other code are not trusted."""
+    digest = hashlib.blake2b(digest_size=16)
+    root = Path(__file__).parents[1]
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _to_json(entry: LayerStatistics) -> dict[str, Any]:
+    errors = [[option.bits, option.group_size, error] for option, error in entry.errors.items()]
+    return {
+        "name": entry.name,
+        "shape": list(entry.shape),
+        "tokens": entry.tokens,
+        "trace": entry.trace,
+        "errors": errors,
+    }
+
+
+def _from_json(row: Mapping[str, Any]) -> LayerStatistics:
+    return LayerStatistics(
+        name=row["name"],
+        shape=(row["shape"][0], row["shape"][1]),
+        tokens=row["tokens"],
+        trace=row["trace"],
+        errors={Option(bits, group_size): error for bits, group_size, error in row["errors"]},
+    )

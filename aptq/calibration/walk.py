@@ -1,0 +1,182 @@
+"""One generator of blocks: the only place where a model is walked.
+
+The model's own forward pass, with every block replaced by a stand-in that hands its input on, tells what each block is
+called with (masks, rotary embeddings, whatever the family passes): nothing about families is assumed. Then blocks come
+to the device one at a time, each fed with what the block before made of the calibration samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from aptq.api import AptqError, Block, BlockInputs
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from aptq.models.source import ModelSource
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional (after the hidden states) and keyword arguments
+
+
+@dataclass(eq=False, kw_only=True)
+class Step:
+    """One block of the walk: its weights on the device and this rank's inputs to it.
+
+    Whoever takes the step may change the block's weights and must leave ``outputs`` behind, by :meth:`run` or otherwise.
+    """
+
+    block: Block
+    inputs: Sequence[BlockInputs]
+    outputs: list[Tensor] = field(default_factory=list)
+
+    def run(self, call: Callable[[BlockInputs], Tensor] | None = None) -> None:
+        """Run the block on every batch (through an observer, where one is given) and keep its outputs."""
+        with torch.no_grad():
+            self.outputs = [call(batch) if call else batch.run(self.block.module) for batch in self.inputs]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of this rank's samples."""
+        return sum(batch.hidden.shape[0] * batch.hidden.shape[1] for batch in self.inputs)
+
+
+class Walk:
+    """The calibration samples on their way through the model."""
+
+    def __init__(self, source: ModelSource, samples: Tensor, batch_size: int, fabric: Fabric) -> None:
+        """Take this rank's slice of ``samples [num, tokens]`` (no padding: ranks may have unequal shares)."""
+        self.source = source
+        self.fabric = fabric
+        self.samples = samples
+        self.total_tokens = samples.numel()
+        mine = samples[fabric.global_rank :: fabric.world_size]
+        self._batches = list(mine.split(batch_size)) if len(mine) else []
+        self._calls: dict[tuple[int, ...], list[_Call]] = {}  # by shape of the batch, one entry a block
+        self._returns_tuple = False
+        self.last_hidden: list[Tensor] = []
+
+    def steps(self) -> Iterator[Step]:
+        """Yield each block in turn; raise ``AptqError`` where activations stop being finite."""
+        hidden = self._first_inputs()
+        for index in range(len(self.source.block_names)):
+            block = self.source.load_block(index, self.fabric.device)
+            inputs = [self._inputs(index, tokens, x) for tokens, x in zip(self._batches, hidden, strict=True)]
+            step = Step(block=block, inputs=inputs)
+            del hidden, inputs
+            yield step
+            hidden = step.outputs
+            self.source.release_block(index)
+            if not all(bool(torch.isfinite(x).all()) for x in hidden):
+                raise AptqError(
+                    f"The outputs of block {block.name} hold NaN or Inf. If the model is stored in float16, try "
+                    "model.dtype=bfloat16 or float32; otherwise look at its weights, or at a damping that is too small."
+                )
+        self.last_hidden = hidden
+
+    def _inputs(self, index: int, tokens: Tensor, hidden: Tensor) -> BlockInputs:
+        args, kwargs = self._calls[tuple(tokens.shape)][index]
+        return BlockInputs(hidden=hidden, args=args, kwargs=kwargs)
+
+    def _first_inputs(self) -> list[Tensor]:
+        """Run the model without its blocks on every batch; return what reaches the first block, keep all calls."""
+        if not self._batches:
+            return []
+        self._returns_tuple = self._probe()
+        hidden = []
+        for batch in self._batches:
+            record = _Recording()
+            with _stand_ins(self._modules(), record, self._returns_tuple), torch.no_grad():
+                self.source.model.base_model(input_ids=batch, use_cache=False)
+            self._calls.setdefault(tuple(batch.shape), [self._to_device(call) for call in record.calls])
+            hidden.append(self.fabric.to_device(record.hidden))
+        return hidden
+
+    def _probe(self) -> bool:
+        """Learn from a real call whether blocks return a tuple or the hidden states alone."""
+        record, first = _Recording(), self._modules()[0]
+        with _stand_ins([first], record, stop=True), torch.no_grad():
+            try:
+                self.source.model.base_model(input_ids=self._batches[0][:1], use_cache=False)
+            except _Reached:
+                pass
+        block = self.source.load_block(0, self.fabric.device)
+        args, kwargs = self._to_device(record.calls[0])
+        with torch.no_grad():
+            output = block.module(self.fabric.to_device(record.hidden), *args, **kwargs)
+        self.source.release_block(0)
+        return isinstance(output, tuple)
+
+    def _modules(self) -> list[nn.Module]:
+        return [self.source.model.get_submodule(name) for name in self.source.block_names]
+
+    def _to_device(self, call: _Call) -> _Call:
+        moved: _Call = self.fabric.to_device(call)
+        return moved
+
+    def logits(self) -> Tensor:
+        """Return the logits ``[batch, tokens, vocabulary]`` of the first batch after the whole walk, on the CPU."""
+        with _stand_ins(self._modules(), _Recording(), self._returns_tuple, final=self.last_hidden[0]), torch.no_grad():
+            logits: Tensor = self.source.model(input_ids=self._batches[0], use_cache=False).logits
+        return logits
+
+    @property
+    def first_batch(self) -> Tensor:
+        """Token ids of the first batch ``[batch, tokens]``."""
+        return self._batches[0]
+
+
+@dataclass(eq=False)
+class _Recording:
+    hidden: Tensor | None = None
+    calls: list[_Call] = field(default_factory=list)
+
+
+class _Reached(Exception):
+    """The first block was reached; the rest of the forward pass is not needed."""
+
+
+@contextmanager
+def _stand_ins(
+    modules: Sequence[nn.Module],
+    record: _Recording,
+    returns_tuple: bool = False,
+    *,
+    stop: bool = False,
+    final: Tensor | None = None,
+) -> Iterator[None]:
+    """Replace the blocks' forward by one that records its call and hands its input on (at the end: ``final``)."""
+
+    def stand_in(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, args, kwargs = _split(args, kwargs)
+            record.calls.append((args, kwargs))
+            record.hidden = hidden if index == 0 else record.hidden
+            if stop:
+                raise _Reached
+            output = final.to(hidden) if final is not None and index == len(modules) - 1 else hidden
+            return (output,) if returns_tuple else output
+
+        return forward
+
+    for index, module in enumerate(modules):
+        module.forward = stand_in(index)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward  # the class's own method shows again
+
+
+def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Separate the hidden states from the other arguments of a block's call."""
+    others = dict(kwargs)
+    if args:
+        return args[0], tuple(args[1:]), others
+    return others.pop("hidden_states"), (), others

@@ -1,0 +1,128 @@
+"""The command line: Hydra composes the config, a task runs, errors that the user can mend are one message."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.logging import RichHandler
+
+from aptq.config import CONF, VERSION_BASE, explain_hydra_error, prepare_hydra
+from aptq.errors import AptqError
+
+_log = logging.getLogger("aptq")
+
+
+def main() -> None:
+    """Run ``aptq ...``; exit with 2 where the user has something to mend."""
+    if sys.argv[1:2] == ["plugins"]:
+        from aptq import plugins_command
+
+        sys.exit(plugins_command.main(sys.argv[2:]))
+    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and we can say it better
+    prepare_hydra()
+    app = hydra.main(config_path=str(CONF), config_name="quantize", version_base=VERSION_BASE)(_run)
+    try:
+        app()
+    except KeyboardInterrupt:
+        _fail("Interrupted. The same command with the same run.dir goes on after the last finished block.", code=130)
+    except Exception as error:
+        message = str(error) if isinstance(error, AptqError) else explain_hydra_error(error)
+        if message is None or traceback_wanted:
+            raise
+        _fail(message)
+
+
+def _fail(message: str, code: int = 2) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]aptq:[/] {_escaped(message)}", highlight=False)
+    sys.exit(code)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _run(config: DictConfig) -> None:
+    logging.captureWarnings(True)
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", datefmt="[%X]", handlers=[_console_handler()], force=True
+    )
+    for noisy in ("httpx", "urllib3", "filelock", "fsspec", "matplotlib", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    tasks: dict[str, Callable[[DictConfig], Any]] = {
+        "quantize": _quantize,
+        "evaluate": _evaluate,
+        "export": _export,
+        "report": _report,
+    }
+    tasks[config.task](config)
+
+
+def _console_handler() -> logging.Handler:
+    return RichHandler(console=Console(stderr=True), show_path=False, show_level=False, markup=False)
+
+
+def _log_to(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+
+
+def _quantize(config: DictConfig) -> None:
+    from aptq.experiment import build_experiment
+    from aptq.pipeline import quantize_model
+    from aptq.report import write_report
+    from aptq.tables import print_summary
+
+    _refuse_unsafe_sweep(config)
+    experiment = build_experiment(config)
+    first = experiment.fabric.global_rank == 0
+    run = quantize_model(experiment, on_open=_log_to if first else None)
+    if first:
+        page = write_report(run.folder)
+        print_summary(run, page)
+
+
+def _evaluate(config: DictConfig) -> None:
+    from aptq.experiment import evaluate
+    from aptq.tables import print_perplexity
+
+    print_perplexity(evaluate(config), config.model.path)
+
+
+def _export(config: DictConfig) -> None:
+    from aptq.experiment import export
+
+    folder = export(config)
+    Console().print(f"Wrote [bold]{_escaped(str(folder))}[/]")
+
+
+def _report(config: DictConfig) -> None:
+    from aptq.report import write_report
+
+    page = write_report(Path(config.run))
+    Console().print(f"Wrote [bold]{_escaped(str(page))}[/]")
+
+
+def _refuse_unsafe_sweep(config: DictConfig) -> None:
+    """Lightning starts other processes with this command line: each of them would begin the whole sweep again."""
+    several = config.fabric.devices not in (1, "1") or config.fabric.num_nodes != 1
+    launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"))
+    if HydraConfig.get().mode == RunMode.MULTIRUN and several and not launched:
+        raise AptqError(
+            f"A sweep with fabric.devices={config.fabric.devices} has to be started by torchrun, since each process "
+            "would begin the sweep again. Use: torchrun --nproc-per-node N -m aptq -m ..., or fabric.devices=1."
+        )

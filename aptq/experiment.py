@@ -1,0 +1,144 @@
+"""From a composed config to a run: settings typed, components built, Fabric launched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+from omegaconf import DictConfig, OmegaConf
+
+from aptq import registry
+from aptq.callbacks import Callbacks
+from aptq.config import compose, to_settings
+from aptq.data import check_data, evaluation_texts
+from aptq.errors import AptqError
+from aptq.files import new_folder
+from aptq.finished import job_of, open_for_use
+from aptq.loggers import LoggerCallback
+from aptq.pipeline import Experiment, quantize_model
+from aptq.run import Run
+from aptq.settings import DataSettings, ModelSettings, RunSettings
+from aptq.targets import get_target
+
+
+def quantize(config: DictConfig | Sequence[str] = ()) -> Run:
+    """Quantize a model as ``aptq`` on the command line does.
+
+    Args:
+        config: a composed config (``aptq.compose``), or overrides as on the command line:
+            ``["model.path=DIR", "data=text", "data.path=calibration.jsonl", "allocator.ratio=0.5"]``.
+
+    Returns:
+        the finished run; ``run.folder / "model"`` loads with transformers.
+
+    Raises:
+        AptqError: something that the caller can mend; the message says what.
+    """
+    composed = config if isinstance(config, DictConfig) else compose(list(config))
+    return quantize_model(build_experiment(composed))
+
+
+def build_experiment(config: DictConfig) -> Experiment:
+    """Type the fixed sections, build the components, launch Fabric.
+
+    Raises:
+        AptqError: an unknown component, key or value; the message gives the nearest.
+    """
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    run = to_settings(RunSettings, plain["run"], "run")
+    fabric = launch(plain)
+    loggers = [registry.build("logger", plain["logger"], save_dir=Path(run.dir))] if plain.get("logger") else []
+    return Experiment(
+        model=to_settings(ModelSettings, plain["model"], "model"),
+        data=to_settings(DataSettings, plain["data"], "data"),
+        run=run,
+        **{kind: registry.build(group, plain[group]) for kind, group in _COMPONENTS.items()},
+        evaluator=registry.build("evaluator", plain["evaluator"]) if plain.get("evaluator") else None,
+        target=get_target(plain["target"]),
+        backend=_backend(plain["backend"]),
+        fabric=fabric,
+        callbacks=build_callbacks(plain, fabric, loggers),
+        config=plain,
+        plan_path=Path(plain["plan"]) if plain["plan"] else None,
+        baseline=plain["baseline"],
+        num_samples=plain["samples"],
+        cache_dir=Path(plain["cache_dir"]).expanduser(),
+    )
+
+
+_COMPONENTS = {
+    "estimator": "hessian",
+    "metric": "metric",
+    "allocator": "allocator",
+    "format": "format",
+    "quantizer": "quantizer",
+    "exporter": "exporter",
+}
+
+
+def launch(config: Mapping[str, Any]) -> Fabric:
+    """Start Fabric on the devices that the config asks for."""
+    try:
+        fabric = Fabric(**config["fabric"])
+        fabric.launch()
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise AptqError(f"fabric={config['fabric']} cannot be had here: {error}") from error
+    fabric.seed_everything(config["seed"], verbose=False)
+    return fabric
+
+
+def build_callbacks(config: Mapping[str, Any], fabric: Fabric, loggers: Sequence[Any] = ()) -> Callbacks:
+    """Build the chosen callback and the one that feeds the loggers; ranks other than the first are silent."""
+    if fabric.global_rank != 0:
+        return Callbacks([])
+    chosen = [registry.build("callback", config["callback"])] if config.get("callback") else []
+    return Callbacks([*chosen, *([LoggerCallback(loggers)] if loggers else [])])
+
+
+def _backend(config: Mapping[str, Any] | str) -> str:
+    name = config if isinstance(config, str) else config["name"]
+    if name != "auto":
+        registry.load("backend", name)
+    return str(name)
+
+
+def evaluate(config: DictConfig | Sequence[str]) -> dict[str, dict[str, float]]:
+    """Judge the model that ``model.path`` names, quantized by aptq or not.
+
+    Returns:
+        ``{measure: {text: value}}``, "perplexity" among the measures.
+    """
+    composed = config if isinstance(config, DictConfig) else compose(list(config), "evaluate")
+    plain: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
+    data = to_settings(DataSettings, plain["data"], "data")
+    evaluator = registry.build("evaluator", plain["evaluator"])
+    check_data(data, evaluate=True)
+    fabric = launch(plain)
+    model, tokenizer = open_for_use(to_settings(ModelSettings, plain["model"], "model"), _backend(plain["backend"]))
+    texts = evaluation_texts(data, tokenizer, getattr(evaluator, "max_tokens", None))
+    names = [text.name for text in texts]
+    with build_callbacks(plain, fabric) as callbacks:
+        callbacks.on_stage_start(stage="evaluate", total=len(names), unit="text")
+        measures: dict[str, dict[str, float]] = evaluator.evaluate(
+            model.to(fabric.device),
+            texts,
+            lambda name, share: callbacks.on_advance(stage="evaluate", done=names.index(name) + share, detail=name),
+        )
+    return measures
+
+
+def export(config: DictConfig | Sequence[str]) -> Path:
+    """Write a finished run's model by ``exporter`` into ``output``; return that folder."""
+    composed = config if isinstance(config, DictConfig) else compose(list(config), "export")
+    plain: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
+    run, output = Run.read(Path(plain["run"])), Path(plain["output"])
+    if output.exists():
+        raise AptqError(f"output={output} exists already; remove it or choose another with output=...")
+    job = job_of(run)
+    exporter = registry.build("exporter", plain["exporter"])
+    exporter.check(job.format, job.format_config["name"], sorted(set(job.plan.values())))
+    with new_folder(output, "the exported model") as draft:
+        exporter.export(job, draft)
+    return output

@@ -1,0 +1,90 @@
+"""Models that are done: read again to be judged or exported anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from aptq import registry
+from aptq.api import AptqError, ExportJob
+from aptq.run import Run
+from aptq.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def open_for_use(settings: ModelSettings, backend: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer, on the CPU: packed when aptq wrote it, in full precision otherwise."""
+    from transformers import AutoTokenizer  # heavy
+
+    from aptq.hf import load
+    from aptq.models import open_model
+
+    config = Path(settings.path) / "config.json"
+    if config.is_file() and json.loads(config.read_text()).get("quantization_config", {}).get("quant_method") == "aptq":
+        return load(settings.path, backend=backend, dtype=settings.dtype), AutoTokenizer.from_pretrained(settings.path)
+    source = open_model(settings)
+    return source.load_full(), source.tokenizer
+
+
+def job_of(run: Run) -> ExportJob:
+    """Return what an exporter needs, read from the native checkpoint of a finished run.
+
+    Raises:
+        AptqError: when the run has no native checkpoint.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig  # heavy
+
+    folder = run.model_folder
+    files = sorted(folder.glob("*.safetensors"))
+    plan = run.plan()
+    if plan is None or not files:
+        raise AptqError(f"The run in {run.folder} has no finished model to export; run it to its end first.")
+    stored = json.loads((folder / "config.json").read_text())
+    quantization = stored.get("quantization_config", {})
+    if quantization.get("quant_method") != "aptq":
+        raise AptqError(f"{folder} was not written by the native exporter, which is the one that can be read again.")
+    where = {name: file for file in files for name in _names(file)}
+    owner = {name: name.rpartition(".")[0] for name in where}
+
+    def packed(layer: str) -> dict[str, Tensor]:
+        return {name.rpartition(".")[2]: _read(where[name], name) for name in where if owner[name] == layer}
+
+    def full_precision() -> Iterator[tuple[str, Tensor]]:
+        for name, file in where.items():
+            if owner[name] not in plan.layers or name.endswith(".bias"):
+                yield name, _read(file, name)
+
+    format_config: dict[str, Any] = quantization["format"]
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    return ExportJob(
+        plan=plan.layers,
+        format=registry.build("format", format_config),
+        format_config=format_config,
+        packed=lambda layer: {key: value for key, value in packed(layer).items() if key != "bias"},
+        full_precision=full_precision,
+        config=config,
+        generation_config=GenerationConfig.from_pretrained(folder)
+        if (folder / "generation_config.json").exists()
+        else None,
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        provenance=quantization.get("provenance", {}),
+    )
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as tensors:
+        tensor: Tensor = tensors.get_tensor(name)
+    return tensor

@@ -1,0 +1,1 @@
+"""Curvatures that rounding errors are weighed with: one file a component."""

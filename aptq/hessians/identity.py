@@ -1,0 +1,45 @@
+"""No curvature at all: every weight counts the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aptq.api import Block, BlockInputs, CurvatureSum
+
+
+@dataclass(frozen=True)
+class Identity:
+    """``H = 2 I``: the layer objective is ``||dW||^2``, and the calibration text has no say."""
+
+    @contextmanager
+    def observe(self, block: Block) -> Iterator[IdentityObserver]:
+        """Count tokens; nothing is hooked."""
+        yield IdentityObserver(block)
+
+
+class IdentityObserver:
+    """Gives every layer ``2 I`` per token; layers of one width share it."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.tokens = 0
+
+    def __call__(self, inputs: BlockInputs) -> Tensor:
+        """Run the block, counting tokens."""
+        self.tokens += inputs.hidden.shape[0] * inputs.hidden.shape[1]
+        return inputs.run(self.block.module)
+
+    def sums(self) -> Mapping[str, CurvatureSum]:
+        """Return ``2 tokens I`` for every layer."""
+        shared: dict[int, CurvatureSum] = {}
+        for layer in self.block.layers.values():
+            width = layer.shape[1]
+            if width not in shared:
+                matrix = 2.0 * self.tokens * torch.eye(width, device=layer.weight().device)
+                shared[width] = CurvatureSum(column=matrix[None], tokens=self.tokens)
+        return {name: shared[layer.shape[1]] for name, layer in self.block.layers.items()}

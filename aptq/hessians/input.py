@@ -1,0 +1,93 @@
+"""The curvature of each layer's own output: GPTQ's Hessian."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from aptq.api import Block, BlockInputs, CurvatureSum
+
+_STRIP = 512  # rows of the Gram matrix computed at once; only its lower triangle of strips is
+
+
+@dataclass(frozen=True)
+class Input:
+    """``H = 2 sum_t x_t x_t^T`` over the layer's inputs ``x_t``: the Hessian of ``||dW X||^2`` for one output row.
+
+    Source: Frantar et al., "GPTQ" (ICLR 2023), section 3. Layers that are fed the same tensor (q, k and v; gate and
+    up) share one sum.
+    """
+
+    @contextmanager
+    def observe(self, block: Block) -> Iterator[InputObserver]:
+        """Hook every layer's input; the hooks return nothing, so activations stay as they are."""
+        observer = InputObserver(block)
+        handles = [layer.module.register_forward_pre_hook(observer.hook(name)) for name, layer in block.layers.items()]
+        try:
+            yield observer
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class InputObserver:
+    """Adds ``2 x x^T`` once for each distinct input tensor of the block."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self._leader: dict[str, str] = {}  # layer -> the layer that is called first with the same input
+        self._sums: dict[str, CurvatureSum] = {}  # by leader
+        self._seen: list[tuple[Tensor, str]] = []  # inputs of this forward, kept alive so that identity means identity
+
+    def hook(self, name: str):  # type: ignore[no-untyped-def]
+        """Return the forward pre-hook of one layer."""
+
+        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            del module
+            leader = next((other for tensor, other in self._seen if tensor is args[0]), None)
+            if leader is None:
+                self._seen.append((args[0], name))
+                self._add(name, args[0])
+            elif self._leader.setdefault(name, leader) != leader:
+                raise RuntimeError(f"{name} shared its input with {self._leader[name]} before and with {leader} now.")
+
+        return add
+
+    def _add(self, name: str, x: Tensor) -> None:
+        if self._leader.setdefault(name, name) != name:
+            raise RuntimeError(f"{name} shared its input with {self._leader[name]} before and has its own now.")
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        width = rows.shape[1]
+        if name not in self._sums:
+            self._sums[name] = CurvatureSum(column=torch.zeros(1, width, width, device=x.device), tokens=0)
+        total = self._sums[name]
+        for start in range(0, width, _STRIP):
+            stop = min(start + _STRIP, width)
+            total.column[0, start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop], alpha=2)
+        total.tokens += rows.shape[0]
+
+    def __call__(self, inputs: BlockInputs) -> Tensor:
+        """Run the block with the hooks on."""
+        self._seen.clear()
+        try:
+            return inputs.run(self.block.module)
+        finally:
+            self._seen.clear()
+
+    def sums(self) -> Mapping[str, CurvatureSum]:
+        """Return the sums; a layer that no token reached (an unused expert) has zeros."""
+        for total in self._sums.values():
+            lower = total.column.tril()
+            total.column.copy_(lower + lower.tril(-1).transpose(1, 2))
+        return {name: self._sum(name) for name in self.block.layers}
+
+    def _sum(self, name: str) -> CurvatureSum:
+        if name in self._leader:
+            return self._sums[self._leader[name]]
+        layer = self.block.layers[name]
+        width = layer.shape[1]
+        return CurvatureSum(column=torch.zeros(1, width, width, device=layer.weight().device), tokens=0)

@@ -1,0 +1,282 @@
+"""The native checkpoint in transformers: ``AutoModelForCausalLM.from_pretrained`` and ``save_pretrained``.
+
+``aptq._autoload`` imports this module while ``transformers`` is still being imported, so nothing of its models may be
+imported at the top; the last line registers the two classes with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from aptq import registry
+from aptq.api import AptqError, Format, Option
+from aptq.backends.select import installed_backends
+from aptq.layer import PackedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_METHOD = "aptq"
+_VERSION = 1  # of the checkpoint; raised when an older aptq could not read it
+_log = logging.getLogger(__name__)
+
+
+class AptqConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a native checkpoint.
+
+    Args:
+        format: name and options of the format, as in the config group ``format``.
+        layers: ``{layer: {"bits": int, "group_size": int}}`` for every packed layer, by its name in the model.
+        version: of the checkpoint's layout.
+        provenance: how the checkpoint was made; free-form, JSON.
+        backend: what multiplies the packed layers; chosen at load, never stored.
+
+    Raises:
+        AptqError: when the entry is malformed or was written by a newer release.
+    """
+
+    quant_method: str  # type: ignore[assignment]  # transformers takes plain strings for registered methods
+
+    def __init__(
+        self,
+        format: Mapping[str, Any],
+        layers: Mapping[str, Mapping[str, int]],
+        *,
+        version: int = _VERSION,
+        provenance: Mapping[str, Any] | None = None,
+        backend: str = "auto",
+        quant_method: str = _METHOD,
+        **unknown: Any,
+    ) -> None:
+        if quant_method != _METHOD:
+            raise AptqError(f"quant_method is {quant_method!r}, not {_METHOD!r}: this is no checkpoint of aptq.")
+        if not isinstance(version, int) or not 1 <= version <= _VERSION:
+            raise AptqError(
+                f"The checkpoint has version {version!r}; this aptq reads versions 1 to {_VERSION}. Upgrade aptq."
+            )
+        if unknown:
+            raise AptqError(f"quantization_config has keys that aptq does not know: {', '.join(sorted(unknown))}.")
+        if not isinstance(format, Mapping) or not isinstance(format.get("name"), str):
+            raise AptqError(f"quantization_config.format must be a mapping with a name; got {format!r}.")
+        self.quant_method = quant_method
+        self.version = version
+        self.format = dict(format)
+        self.layers = {name: dict(option) for name, option in layers.items()}
+        self.provenance = dict(provenance or {})
+        self.backend = backend
+        self.options()
+
+    def options(self) -> dict[str, Option]:
+        """Return the option of every packed layer."""
+        options = {}
+        for name, entry in self.layers.items():
+            if set(entry) != {"bits", "group_size"} or not all(isinstance(value, int) for value in entry.values()):
+                raise AptqError(
+                    f"quantization_config.layers[{name!r}] must be {{'bits': int, 'group_size': int}}; got {entry!r}."
+                )
+            options[name] = Option(bits=entry["bits"], group_size=entry["group_size"])
+        return options
+
+    @classmethod
+    def from_plan(
+        cls, plan: Mapping[str, Option], format_config: Mapping[str, Any], provenance: Mapping[str, Any]
+    ) -> AptqConfig:
+        """Make the entry for a finished quantization."""
+        layers = {name: {"bits": option.bits, "group_size": option.group_size} for name, option in plan.items()}
+        return cls(format_config, layers, provenance=provenance)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``config.json`` stores."""
+        return copy.deepcopy({name: value for name, value in vars(self).items() if name != "backend"})
+
+
+class AptqHfQuantizer(HfQuantizer):
+    """Put packed layers into the empty model before its weights are read, and choose backends after."""
+
+    requires_calibration = True  # transformers then refuses to quantize a dense model on the fly
+    quantization_config: AptqConfig
+
+    def __init__(self, quantization_config: AptqConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._packed: set[str] = set()  # full names of the packed tensors
+
+    def is_serializable(self) -> bool:
+        """``save_pretrained`` writes the checkpoint again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradients."""
+        return False
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Never cast a packed tensor: a scale in another dtype would be another weight."""
+        if converter.target_patterns[0] in self._packed:
+            return None
+        new: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return new
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        *,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> PreTrainedModel:
+        config = self.quantization_config
+        format = registry.build("format", config.format)
+        options = _resolve(model, config.options())
+        for name, option in options.items():
+            _swap(model, name, option, format, config.format["name"], dtype)
+            self._packed.update(f"{name}.{tensor}" for tensor in _packed_linear(model, name).packed_names)
+        _untie(model, options)
+        _check_files(checkpoint_files or (), self._packed, model.base_model_prefix)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        backends, refusals = installed_backends()
+        for name, reason in refusals.items():
+            _log.warning("backend %s cannot be used: %s", name, reason)
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module.select_backend(self.quantization_config.backend, backends)
+        return model
+
+
+def load(
+    path: str | Path, backend: str = "auto", device_map: Any = None, dtype: str | torch.dtype = "auto"
+) -> PreTrainedModel:
+    """Load a native checkpoint, its layers packed.
+
+    Args:
+        path: folder or hub id.
+        backend: what multiplies the packed layers; "auto" takes the best that accepts each.
+        device_map: as in ``from_pretrained``.
+        dtype: of activations and full-precision weights; "auto" is as stored.
+
+    Raises:
+        AptqError: when there is no such checkpoint, a plug-in that it needs is missing, or the backend refuses.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM  # heavy, and circular at the top (see the module)
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise AptqError(f"No model could be read at {path}: {error}") from error
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, Mapping) else None
+    if not isinstance(stored, Mapping) or method != _METHOD:
+        raise AptqError(
+            f"{path} is no checkpoint of aptq (quant_method is {method!r}). aptq.load opens what the native exporter "
+            "wrote; use transformers' from_pretrained for other models."
+        )
+    config.quantization_config = {**stored, "backend": backend}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        path, config=config, device_map=device_map, dtype=dtype
+    )
+    return model
+
+
+def _resolve(model: PreTrainedModel, options: Mapping[str, Option]) -> dict[str, Option]:
+    """Map the layers of a checkpoint to those of the model, which may be only the base of the model that was saved."""
+    prefix = f"{model.base_model_prefix}."
+    present = dict(model.named_modules())
+    if not any(name in present for name in options):
+        options = {name.removeprefix(prefix): option for name, option in options.items()}
+    if any(name not in present for name in options):
+        from aptq.models.experts import unfuse_experts  # imports transformers' models: circular at the top
+
+        unfuse_experts(model)
+        present = dict(model.named_modules())
+    lost = [name for name in options if name not in present]
+    if lost:
+        raise AptqError(
+            f"quantization_config lists {len(lost)} layers that {type(model).__name__} does not have: "
+            f"{', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}. Load it with the class that it was saved from, "
+            "and the transformers release that its provenance names."
+        )
+    return dict(options)
+
+
+def _swap(
+    model: nn.Module, name: str, option: Option, format: Format, format_name: str, dtype: torch.dtype | None
+) -> None:
+    """Replace one layer by a packed one without memory."""
+    from transformers.pytorch_utils import Conv1D  # circular at the top
+
+    module = model.get_submodule(name)
+    if isinstance(module, nn.Linear):
+        out_features, in_features = module.weight.shape
+    elif isinstance(module, Conv1D):
+        in_features, out_features = module.weight.shape
+    else:
+        raise AptqError(
+            f"quantization_config lists {name}, but it is a {type(module).__name__}; Linear and Conv1D can be packed."
+        )
+    with torch.device("meta"):
+        packed = PackedLinear(
+            in_features,
+            out_features,
+            bias=module.bias is not None,
+            format=format,
+            format_name=format_name,
+            option=option,
+            dtype=dtype,
+        )
+    model.set_submodule(name, packed)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if not any(True for _ in parent.buffers(recurse=False)):
+        # Some models (GPT-2) initialize the weights of a module's children, which are packed now and have no `weight`.
+        parent._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _packed_linear(model: nn.Module, name: str) -> PackedLinear:
+    module = model.get_submodule(name)
+    assert isinstance(module, PackedLinear)
+    return module
+
+
+def _untie(model: PreTrainedModel, options: Mapping[str, Option]) -> None:
+    """Let a packed output head go its own way: it has no weight left to share with the embeddings."""
+    tied = [key for key in model.all_tied_weights_keys if key.rpartition(".")[0] in options]
+    for key in tied:
+        del model.all_tied_weights_keys[key]
+    if tied and not model.all_tied_weights_keys:
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
+
+
+def _check_files(files: Sequence[str], expected: set[str], prefix: str) -> None:
+    """Raise when the files lack packed tensors: transformers would fill them with noise and only warn."""
+    stored: set[str] = set()
+    for file in (file for file in files if file.endswith(".safetensors")):
+        with safe_open(file, framework="pt") as handle:
+            stored.update(handle.keys())
+    lost = sorted(expected - stored - {name.removeprefix(f"{prefix}.") for name in stored}) if stored else []
+    if lost:
+        raise AptqError(
+            f"The checkpoint lacks {len(lost)} packed tensors, {lost[0]} for one: it is incomplete, or was changed "
+            "after it was written. Export it again."
+        )
+
+
+def _register() -> None:
+    from transformers.quantizers import auto
+
+    if _METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(_METHOD)(AptqConfig)
+        auto.register_quantizer(_METHOD)(AptqHfQuantizer)
+
+
+_register()

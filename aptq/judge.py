@@ -1,0 +1,131 @@
+"""The last stage: the result and the original under the same evaluator, and in their own words."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import platform
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from aptq.api import Callback, EvaluationText, Evaluator
+from aptq.data import evaluation_texts
+from aptq.settings import DataSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+STAGE = "evaluate"
+_PROMPT, _CONTINUATION = 24, 40  # tokens
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """Evaluates a model folder and, beside it, the original."""
+
+    evaluator: Evaluator
+    callbacks: Callback
+    data: DataSettings
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(
+        self,
+        folder: Path,
+        original: Callable[[], PreTrainedModel] | None,
+        *,
+        backend: str,
+        device: torch.device,
+        num_samples: int,
+    ) -> dict[str, Any]:
+        """Return the evaluator's measures, those of the original as ``baseline_<measure>``, and ``samples``.
+
+        Each model is in memory alone. ``original`` None leaves the baseline out.
+        """
+        from aptq.hf import load  # imports transformers: heavy
+
+        texts = evaluation_texts(self.data, self.tokenizer, getattr(self.evaluator, "max_tokens", None))
+        prompts = _prompts(texts, num_samples)
+        measures, continuations = self._one(lambda: load(folder, backend=backend), texts, prompts, device, 0)
+        result: dict[str, Any] = {"baseline_perplexity": {}, **measures}
+        before: Sequence[str | None] = [None] * len(prompts)
+        if original is not None:
+            baseline, before = self._one(original, texts, prompts, device, 1)
+            result.update((f"baseline_{name}", values) for name, values in baseline.items())
+        result["samples"] = [
+            {"prompt": self.tokenizer.decode(prompt), "original": old, "quantized": new}
+            for prompt, old, new in zip(prompts, before, continuations, strict=True)
+        ]
+        return result
+
+    def _one(
+        self,
+        load: Callable[[], PreTrainedModel],
+        texts: Sequence[EvaluationText],
+        prompts: Sequence[torch.Tensor],
+        device: torch.device,
+        index: int,
+    ) -> tuple[dict[str, dict[str, float]], list[str]]:
+        model = load().to(device)
+        who = ("quantized model", "original model")[index]
+
+        def progress(name: str, share: float) -> None:
+            order = [text.name for text in texts].index(name)
+            done = index + (order + share) / len(texts)
+            self.callbacks.on_advance(stage=STAGE, done=done, detail=f"{who} on {name}")
+
+        measures = self.evaluator.evaluate(model, texts, progress)
+        self.callbacks.on_advance(stage=STAGE, done=index + 1, detail=f"{who} writes")
+        continuations = [self._continue(model, prompt) for prompt in prompts]
+        del model
+        gc.collect()
+        return measures, continuations
+
+    def _continue(self, model: PreTrainedModel, prompt: torch.Tensor) -> str:
+        ids = prompt[None].to(model.device)
+        with torch.no_grad():
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=_CONTINUATION,
+                do_sample=False,
+                pad_token_id=self.tokenizer.eos_token_id or 0,
+            )
+        text: str = self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        return text
+
+
+def _prompts(texts: Sequence[EvaluationText], number: int) -> list[torch.Tensor]:
+    """Take the beginnings of the texts in turn, later passages where there are more prompts than texts."""
+    prompts: list[torch.Tensor] = []
+    while texts and len(prompts) < number:
+        text = texts[len(prompts) % len(texts)]
+        start = (len(prompts) // len(texts)) * 4 * _PROMPT
+        prompt = text.tokens[start : start + _PROMPT]
+        if len(prompt) == 0:
+            break
+        prompts.append(prompt)
+    return prompts
+
+
+def memory(device: torch.device) -> dict[str, int | None]:
+    """Return the peak memory of this process in bytes: resident, and on the device where there is one."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "peak_device_bytes": peak,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    packages = ("aptq", "torch", "transformers", "lightning", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

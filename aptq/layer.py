@@ -1,0 +1,149 @@
+"""A linear layer that keeps its weight packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from aptq.api import AptqError, Backend, Format, LayerSpec, Option
+from aptq.backends.select import choose_backend
+
+_PREPACKED = "prepacked_"
+
+
+class PackedLinear(nn.Module):
+    """``y = x W^T + b`` with ``W [out, in]`` stored as the packed tensors of a format.
+
+    The packed tensors are buffers under the names that ``format.packed_layout`` gives, so that the state dict of a
+    loaded model is the checkpoint again. What a backend makes of them at load is kept beside them, out of the state
+    dict; tensors that a backend uses as they are stay shared.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        bias: whether there is a bias ``[out]``, a parameter in ``dtype``.
+        format: what the codes mean.
+        format_name: the format's name in the registry; backends decide by it.
+        option: bits and group size of this layer.
+        dtype: of the activations; default: torch's default dtype.
+
+    Raises:
+        AptqError: when the format cannot store a layer of this shape at this option.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        format: Format,
+        format_name: str,
+        option: Option,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.format = format
+        self.format_name = format_name
+        self.option = option
+        self.dtype = dtype or torch.get_default_dtype()
+        format.check(option, (out_features, in_features))
+        layout = format.packed_layout(option, (out_features, in_features))
+        for name, (shape, stored) in layout.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=stored))
+        self.packed_names = tuple(layout)
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype)) if bias else None
+        self._backend: Backend | None = None
+        self._requested = "auto"
+        self._installed: Mapping[str, Backend] | None = None
+        self._spec = self._make_spec()
+        self._reads: dict[str, str] = {}  # name that the backend reads -> attribute that holds it
+
+    def packed(self) -> dict[str, Tensor]:
+        """Return the tensors of the checkpoint by name."""
+        return {name: self.get_buffer(name) for name in self.packed_names}
+
+    def dense(self) -> Tensor:
+        """Return the weight ``[out, in]`` in float32 that the packed tensors stand for."""
+        shape = (self.out_features, self.in_features)
+        return self.format.dequantize(self.format.unpack(self.packed(), self.option, shape), self.option)
+
+    def select_backend(self, backend: str = "auto", installed: Mapping[str, Backend] | None = None) -> None:
+        """Choose what multiplies this layer, and let it prepare its tensors; call once the tensors are loaded.
+
+        Moving the layer to another device or dtype later chooses again.
+
+        Args:
+            backend: a backend's name, or "auto" for the best that accepts this layer.
+            installed: backends to choose from by name; default: all that are installed.
+
+        Raises:
+            AptqError: when the named backend, or every one, refuses this layer.
+        """
+        self._clear_prepacked()
+        spec = self._make_spec()
+        chosen, _ = choose_backend(spec, backend, installed)
+        tensors = self.packed()
+        for name, tensor in chosen.prepack(tensors, spec).items():
+            if tensor is tensors.get(name):
+                self._reads[name] = name
+            else:
+                self._reads[name] = _PREPACKED + name
+                self.register_buffer(_PREPACKED + name, tensor, persistent=False)
+        self._backend, self._requested, self._installed, self._spec = chosen, backend, installed, spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x W^T + b`` for ``x [..., in]`` (float32, float16 or bfloat16), as ``[..., out]`` in its dtype."""
+        if self._backend is None:
+            raise AptqError(
+                "This packed layer has no backend yet: load the model with from_pretrained or aptq.load, "
+                "or call select_backend() after loading its tensors."
+            )
+        tensors = {name: self.get_buffer(attribute) for name, attribute in self._reads.items()}
+        y = self._backend.matmul(x, tensors, self._spec)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Tell shape, bits, group size, format and backend."""
+        backend = "none yet" if self._backend is None else type(self._backend).__name__
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.option.bits}, group_size={self.option.group_size}, format={self.format_name}, "
+            f"backend={backend}"
+        )
+
+    def _make_spec(self) -> LayerSpec:
+        return LayerSpec(
+            out_features=self.out_features,
+            in_features=self.in_features,
+            format=self.format,
+            format_name=self.format_name,
+            option=self.option,
+            dtype=self.dtype,
+            device=self.get_buffer(self.packed_names[0]).device,
+        )
+
+    def _clear_prepacked(self) -> None:
+        for attribute in self._reads.values():
+            if attribute.startswith(_PREPACKED):
+                delattr(self, attribute)
+        self._reads, self._backend = {}, None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Move, but never cast, what the checkpoint holds: scales rounded to another dtype would be other weights."""
+        packed = self.packed()
+        device = self._spec.device
+        cast = fn(torch.empty(0, dtype=self.dtype, device=self.get_buffer(self.packed_names[0]).device))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in packed.items():
+            moved = self.get_buffer(name)
+            self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        changed = cast.dtype != self.dtype or cast.device != device
+        self.dtype = cast.dtype
+        if changed and self._backend is not None and cast.device.type != "meta":
+            self.select_backend(self._requested, self._installed)
+        return self

@@ -1,0 +1,319 @@
+"""The main job: measure, allocate, quantize, export, evaluate."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aptq.api import (
+    Allocation,
+    Allocator,
+    AptqError,
+    Callback,
+    Evaluator,
+    Exporter,
+    ExportJob,
+    Format,
+    HessianEstimator,
+    LayerReport,
+    LayerStatistics,
+    Option,
+    Quantizer,
+    SensitivityMetric,
+)
+from aptq.calibration.measure import STAGE as MEASURE
+from aptq.calibration.measure import measure
+from aptq.calibration.quantize import STAGE as QUANTIZE
+from aptq.calibration.quantize import Recipe, quantize, storage_bits
+from aptq.calibration.statistics import StatisticsCache, code_fingerprint, content_key
+from aptq.calibration.walk import Walk
+from aptq.callbacks import Callbacks
+from aptq.data import calibration_samples, check_data, check_length
+from aptq.files import new_folder
+from aptq.judge import Judge, memory, versions
+from aptq.models import ModelSource, open_model
+from aptq.plan import Plan, check_plan, read_plan
+from aptq.run import Run
+from aptq.settings import DataSettings, ModelSettings, RunSettings
+from aptq.targets import Target
+from aptq.verify import verify
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Experiment:
+    """All that a run is made of: typed settings and built components."""
+
+    model: ModelSettings
+    data: DataSettings
+    run: RunSettings
+    estimator: HessianEstimator
+    metric: SensitivityMetric
+    allocator: Allocator
+    format: Format
+    quantizer: Quantizer
+    exporter: Exporter
+    evaluator: Evaluator | None
+    target: Target
+    backend: str
+    fabric: Fabric
+    callbacks: Callbacks
+    config: Mapping[str, Any]  # the resolved config, as it is recorded
+    plan_path: Path | None = None
+    baseline: bool = True
+    num_samples: int = 2  # continuations shown in the report
+    cache_dir: Path = field(default_factory=lambda: Path("~/.cache/aptq").expanduser())
+
+    @property
+    def format_name(self) -> str:
+        """Name of the format, as in the config."""
+        return str(self.config["format"]["name"])
+
+
+class Stages:
+    """Times the stages of a run and tells callbacks about them."""
+
+    def __init__(self, callbacks: Callback) -> None:
+        self.callbacks = callbacks
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str, total: int = 1, unit: str = "step") -> Iterator[None]:
+        """Run a stage of ``total`` units of work."""
+        self.callbacks.on_stage_start(stage=stage, total=total, unit=unit)
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - started
+        self.callbacks.on_stage_end(stage=stage, seconds=self.seconds[stage])
+
+
+def quantize_model(experiment: Experiment, on_open: Callable[[Path], None] | None = None) -> Run:
+    """Run an experiment and return its run folder; an interrupted one is taken up where it stopped.
+
+    ``on_open`` is called with the run folder once it is ours, before any work in it.
+
+    Raises:
+        AptqError: something in the config, the data, the model or the run folder cannot be; nothing was lost.
+    """
+    with experiment.callbacks:
+        options, given = preflight(experiment)
+        source = open_model(experiment.model)
+        _check_model(experiment, source, options, given)
+        if experiment.fabric.global_rank == 0:
+            run = _open(experiment)
+        experiment.fabric.barrier()
+        if experiment.fabric.global_rank != 0:
+            run = _open(experiment)
+        with run:
+            if on_open is not None:
+                on_open(run.folder)
+            experiment.callbacks.on_run_start(folder=run.folder, config=experiment.config)
+            metrics = _run_stages(experiment, source, run, options, given)
+            experiment.callbacks.on_run_end(folder=run.folder, metrics=metrics)
+    return run
+
+
+def _open(experiment: Experiment) -> Run:
+    return Run.open(experiment.run, experiment.config, rank=experiment.fabric.global_rank)
+
+
+def _check_model(experiment: Experiment, source: ModelSource, options: Sequence[Option], given: Plan | None) -> None:
+    """Hold format, target, data and plan against the model's layers."""
+    shapes = source.layer_shapes()
+    for option in options:
+        for shape in set(shapes.values()):
+            experiment.format.check(option, shape)
+    experiment.target.check(options, shapes)
+    check_length(experiment.data, getattr(source.config, "max_position_embeddings", None))
+    if given is not None:
+        check_plan(given, shapes)
+
+
+def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
+    """Check what can be checked without the model; return the options in play and the given plan, if any."""
+    check_data(experiment.data, evaluate=experiment.evaluator is not None)
+    given = None
+    if experiment.plan_path is None:
+        bits = experiment.allocator.bit_options()
+        options = [Option(each, experiment.format.group_size) for each in bits]
+    else:
+        given = read_plan(experiment.plan_path)
+        if given.format_name != experiment.format_name:
+            raise AptqError(
+                f"The plan {experiment.plan_path} is for format {given.format_name}, the config says "
+                f"{experiment.format_name}; add format={given.format_name}."
+            )
+        options = sorted(set(given.layers.values()))
+    experiment.exporter.check(experiment.format, experiment.format_name, options)
+    return options, given
+
+
+def _run_stages(
+    experiment: Experiment,
+    source: ModelSource,
+    run: Run,
+    options: Sequence[Option],
+    given: Plan | None,
+) -> dict[str, Any]:
+    stages = Stages(experiment.callbacks)
+    if source.resident_reason:
+        _log.info("The whole model is held in memory: %s", source.resident_reason)
+    samples = calibration_samples(experiment.data, source.tokenizer)
+    walk = Walk(source, samples, experiment.data.batch_size, experiment.fabric)
+    plan = run.plan() or given or _make_plan(experiment, source, walk, stages, options)
+    if experiment.fabric.global_rank == 0:
+        run.save_plan(plan)
+    reports = _quantize(experiment, walk, run, stages, plan)
+    metrics: dict[str, Any] = {}
+    if experiment.fabric.global_rank == 0:
+        metrics = _finish(experiment, source, run, stages, reports)
+    experiment.fabric.barrier()
+    return metrics
+
+
+def _make_plan(
+    experiment: Experiment, source: ModelSource, walk: Walk, stages: Stages, options: Sequence[Option]
+) -> Plan:
+    """Measure where the allocator needs it, then allocate."""
+    shapes = source.layer_shapes()
+    costs: dict[str, dict[Option, float]] = {}
+    if experiment.allocator.needs_costs:
+        statistics = _measure(experiment, source, walk, stages, options)
+        costs = {
+            name: {option: experiment.metric.cost(statistics[name], option) for option in options} for name in shapes
+        }
+    problem = Allocation(
+        shapes=shapes,
+        options=options,
+        costs=costs,
+        storage_bits={
+            name: {option: storage_bits(experiment.format, option, shape) for option in options}
+            for name, shape in shapes.items()
+        },
+    )
+    with stages("allocate"):
+        layers = experiment.allocator.allocate(problem)
+    return Plan(
+        layers=layers,
+        format_name=experiment.format_name,
+        budget={"allocator": experiment.config["allocator"], **_bits(problem, layers)},
+        predicted_cost=sum(costs[name][option] for name, option in layers.items()) if costs else None,
+        layer_costs={name: costs[name][option] for name, option in layers.items()} if costs else {},
+    )
+
+
+def _bits(problem: Allocation, plan: Mapping[str, Option]) -> dict[str, float]:
+    """Return the averages in bits per quantized weight: codes alone, and all that is stored."""
+    code = sum(option.bits * problem.num_weights(name) for name, option in plan.items())
+    storage = sum(problem.storage_bits[name][option] for name, option in plan.items())
+    return {"code_bits": code / problem.total_weights, "storage_bits": storage / problem.total_weights}
+
+
+def _measure(
+    experiment: Experiment, source: ModelSource, walk: Walk, stages: Stages, options: Sequence[Option]
+) -> dict[str, LayerStatistics]:
+    rounding = (experiment.quantizer, experiment.format, options) if experiment.metric.needs_errors else None
+    parts = {
+        "model": source.fingerprint(),
+        "code": code_fingerprint(),
+        "samples": samples_key(walk),
+        "hessian": experiment.config["hessian"],
+        "rounding": [experiment.config["quantizer"], experiment.config["format"], options] if rounding else None,
+    }
+    cache = StatisticsCache(experiment.cache_dir / "statistics", content_key(parts))
+    with stages(MEASURE, len(source.block_names), "block"):
+        return measure(
+            walk,
+            experiment.estimator,
+            layers=list(source.layer_shapes()),
+            rounding=rounding,
+            cache=cache,
+            callbacks=experiment.callbacks,
+        )
+
+
+def samples_key(walk: Walk) -> str:
+    """Return a digest of all calibration samples."""
+    return content_key({"shape": list(walk.samples.shape), "tokens": walk.samples.tolist()})
+
+
+def _quantize(experiment: Experiment, walk: Walk, run: Run, stages: Stages, plan: Plan) -> list[LayerReport]:
+    """Run pass 2 and write the model, unless both were done before the run was interrupted."""
+    blocks = len(walk.source.block_names)
+    if run.model_folder.is_dir() and all(run.block_done(index) for index in range(blocks)):
+        return [report for index in range(blocks) for report in run.load_block(index)[1]]
+    recipe = Recipe(
+        estimator=experiment.estimator,
+        quantizer=experiment.quantizer,
+        format=experiment.format,
+        plan=plan.layers,
+        costs=plan.layer_costs,
+    )
+    with stages(QUANTIZE, blocks, "block"):
+        reports = quantize(walk, recipe, run, experiment.callbacks)
+    if experiment.fabric.global_rank == 0:
+        run.write_layers_csv(reports)
+        with stages("export"):
+            _export(experiment, walk, run, plan)
+    return reports
+
+
+def _export(experiment: Experiment, walk: Walk, run: Run, plan: Plan) -> None:
+    """Write the model under a temporary name, see that it loads and agrees, then give it its name."""
+    job = ExportJob(
+        plan=plan.layers,
+        format=experiment.format,
+        format_config=experiment.config["format"],
+        packed=run.packed,
+        full_precision=walk.source.other_tensors,
+        config=walk.source.config,
+        generation_config=walk.source.generation_config,
+        tokenizer=walk.source.tokenizer,
+        provenance={"versions": versions(), "model": experiment.model.path, "seed": experiment.data.seed},
+    )
+    with new_folder(run.model_folder, "the model") as draft:
+        experiment.exporter.export(job, draft)
+        verify(draft, walk, experiment.backend)
+
+
+def _finish(
+    experiment: Experiment, source: ModelSource, run: Run, stages: Stages, reports: Sequence[LayerReport]
+) -> dict[str, Any]:
+    """Judge the result beside the original and write everything down."""
+    judged: dict[str, Any] = {"perplexity": {}, "baseline_perplexity": {}}
+    if experiment.evaluator is not None:
+        with stages("evaluate", 2 if experiment.baseline else 1, "model"):
+            judge = Judge(experiment.evaluator, experiment.callbacks, experiment.data, source.tokenizer)
+            judged = judge(
+                run.model_folder,
+                source.load_full if experiment.baseline else None,
+                backend=experiment.backend,
+                device=experiment.fabric.device,
+                num_samples=experiment.num_samples,
+            )
+    weights = sum(report.out_features * report.in_features for report in reports)
+    storage = sum(report.storage_bits * report.out_features * report.in_features for report in reports)
+    code = sum(report.bits * report.out_features * report.in_features for report in reports)
+    metrics = {
+        **judged,
+        "bits": {"code": code / weights, "storage": storage / weights},
+        "bytes": {
+            "model": sum(path.stat().st_size for path in run.model_folder.glob("*.safetensors")),
+            "original": source.num_bytes,
+        },
+        "seconds": dict(stages.seconds),
+        **memory(experiment.fabric.device),
+        "versions": versions(),
+    }
+    run.write_metrics(metrics)
+    run.finish(keep_blocks=experiment.run.keep_blocks)
+    return metrics

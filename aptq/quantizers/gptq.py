@@ -1,0 +1,126 @@
+"""GPTQ: rounds column by column and lets the later columns make up for each error.
+
+Source: Frantar et al., "GPTQ" (ICLR 2023), algorithm 1; static group scales with activation order as its authors'
+``--act-order --static-groups``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aptq.api import AptqError, Curvature, Format, Grid, Option, QuantizedWeight
+
+
+@dataclass(frozen=True, eq=False)
+class GPTQFactors:
+    """``U`` upper triangular with ``U^T U = (H + damping)^-1``, columns and rows in ``order``."""
+
+    upper: Tensor  # [heads, in, in]
+    order: Tensor  # [heads, in]: column at each position
+    importance: Tensor  # [heads, in]: diag(H), in natural order
+    damping: float
+    events: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Minimise ``tr(dW H dW^T)`` greedily over columns, for all heads of a layer at once.
+
+    ``damping`` is added to the diagonal as a share of its mean; where the Cholesky factorization fails it is raised
+    tenfold up to ``max_damping``, after that only the diagonal is used (round to nearest, in effect), and each step is
+    reported. ``act_order`` takes columns by falling curvature; group scales are fitted beforehand, so that the stored
+    layout stays in natural order. ``block_size`` columns are updated at once (lazy batch updates).
+    """
+
+    damping: float = 0.01
+    max_damping: float = 1.0
+    act_order: bool = True
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.damping <= self.max_damping:
+            raise AptqError(
+                f"quantizer.damping={self.damping} is not allowed; use 0 <= damping <= max_damping={self.max_damping}."
+            )
+        if self.block_size < 1:
+            raise AptqError(f"quantizer.block_size={self.block_size} is not allowed; use a positive number of columns.")
+
+    def prepare(self, curvature: Curvature) -> GPTQFactors:
+        """Order, damp and factorize the column Hessians."""
+        hessian = curvature.column.clone()
+        importance = hessian.diagonal(dim1=1, dim2=2).clone()
+        order = torch.argsort(importance, dim=1, descending=True, stable=True)
+        if not self.act_order:
+            order = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        # A column that no token excites has no curvature: any unit will do, it only must not be singular.
+        diagonal = hessian.diagonal(dim1=1, dim2=2)
+        diagonal[importance <= 0] = 1.0
+        heads = torch.arange(order.shape[0], device=order.device)[:, None, None]
+        hessian = hessian[heads, order[:, :, None], order[:, None, :]]
+        upper, damping, events = inverse_factor(hessian, self.damping, self.max_damping)
+        return GPTQFactors(upper, order, importance, damping, events)
+
+    def quantize(self, weight: Tensor, factors: GPTQFactors, format: Format, option: Option) -> QuantizedWeight:
+        """Choose codes for a weight ``[out, in]``."""
+        by_head = weight.float().reshape(factors.order.shape[0], -1, weight.shape[-1])
+        grid = format.fit(by_head, option, factors.importance).permuted(factors.order)
+        columns = by_head.transpose(1, 2)  # [heads, in, rows]
+        columns = columns.gather(1, factors.order.unsqueeze(-1).expand_as(columns))
+        return grid.finish(_round_columns(columns, factors.upper, grid, self.block_size))
+
+
+def _round_columns(columns: Tensor, upper: Tensor, grid: Grid, block_size: int) -> Tensor:
+    """Round ``columns [heads, in, rows]`` (overwritten) in order with error feedback; return the codes.
+
+    With ``e_j = (w_j - q_j) / U_jj`` every later column is updated by ``w_k -= U_jk e_j``: at once within a block,
+    by one matrix product per block beyond it.
+    """
+    in_features = columns.shape[1]
+    codes = []
+    for start in range(0, in_features, block_size):
+        stop = min(start + block_size, in_features)
+        block = columns[:, start:stop]
+        errors = torch.empty_like(block)
+        scaled = upper[:, start:stop, start:stop]
+        inverse_diagonal = scaled.diagonal(dim1=1, dim2=2).reciprocal()
+        for j in range(stop - start):
+            column = block[:, j]
+            code, value = grid.round(column, start + j)
+            codes.append(code)
+            error = (column - value).mul_(inverse_diagonal[:, j : j + 1])
+            errors[:, j] = error
+            if j + 1 < stop - start:
+                block[:, j + 1 :].baddbmm_(scaled[:, j, j + 1 :, None], error[:, None], alpha=-1)
+        if stop < in_features:
+            columns[:, stop:].baddbmm_(upper[:, start:stop, stop:].transpose(1, 2), errors, alpha=-1)
+    return torch.stack(codes, dim=1)
+
+
+def inverse_factor(hessian: Tensor, damping: float, max_damping: float) -> tuple[Tensor, float, tuple[str, ...]]:
+    """Return upper triangular ``U`` with ``U^T U = (H + d I)^-1`` for ``H [heads, n, n]``, the damping used, and events.
+
+    With ``J`` the reversal of order, ``J H J = L L^T`` gives ``H = R R^T`` with ``R = J L J`` upper triangular, hence
+    ``U = R^-1``: one factorization and one triangular inverse, and no explicit ``H^-1``. ``d`` is ``damping`` times the
+    mean diagonal of each head; the ladder of :class:`GPTQ` applies to all heads together.
+    """
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None]
+    reversed_hessian = hessian.flip(1, 2)
+    events: list[str] = []
+    attempt = damping
+    while True:
+        damped = reversed_hessian.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(attempt * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if not bool(info.any()) and bool(torch.isfinite(lower).all()):
+            identity = torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device).expand_as(lower)
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            return inverse.flip(1, 2), attempt, tuple(events)
+        if attempt >= max_damping:
+            events.append(f"not positive definite with damping {attempt:g}: fell back to the diagonal")
+            diagonal = hessian.diagonal(dim1=1, dim2=2) + attempt * mean
+            return torch.diag_embed(diagonal.clamp(min=torch.finfo(hessian.dtype).tiny).rsqrt()), attempt, tuple(events)
+        attempt = min(max(10 * attempt, 1e-4), max_damping)
+        events.append(f"damping raised to {attempt:g}")

@@ -1,0 +1,205 @@
+"""What a report tells, gathered from the files of a run folder."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aptq.api import LayerReport
+from aptq.run import Run
+from aptq.run_folder import CONFIG
+
+_WORST = 10
+_EVENTS = 200
+_NO_MEASURE = {"bits", "bytes", "seconds", "versions", "audit"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One figure of an evaluator, before and after."""
+
+    measure: str
+    text: str
+    before: float | None
+    after: float | None
+    has_before: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One field of a map: ``level`` from 0 to 1 is its colour."""
+
+    label: str
+    level: float
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Map:
+    """A figure for each kind of layer (rows) at each depth (columns); None where a block has no such layer."""
+
+    kinds: list[str]
+    depths: list[int]
+    values: list[list[float | None]]
+    cells: list[list[Cell | None]]
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Width:
+    """How many layers, and which share of the weights where shapes are known, have so many bits."""
+
+    bits: int
+    layers: int
+    share: float | None
+    level: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """Everything on the page."""
+
+    title: str
+    model: str
+    finished: bool
+    judged: list[Judged]
+    metrics: Mapping[str, Any]  # empty while the run is not finished
+    budget: Mapping[str, Any]
+    stages: list[tuple[str, float]]
+    layers: list[LayerReport]
+    bits: Map | None
+    errors: Map | None
+    widths: list[Width]
+    outside: list[tuple[str, int]]  # layers outside the blocks, with their bits
+    worst: list[LayerReport]
+    mended: list[LayerReport]
+    more_mended: int
+    dampings: list[tuple[float, int]]
+    config: str
+
+
+def collect(run: Run) -> Content:
+    """Read a run folder."""
+    metrics = run.metrics() if run.finished else {}
+    layers, plan = run.layers(), run.plan()
+    bits = {report.name: float(report.bits) for report in layers}
+    if plan is not None and not bits:
+        bits = {name: float(option.bits) for name, option in plan.layers.items()}
+    errors = {report.name: report.relative_error for report in layers if math.isfinite(report.relative_error)}
+    by_error = sorted(layers, key=lambda report: -report.relative_error)
+    mended = [report for report in layers if report.events]
+    model = run.config.get("model")
+    return Content(
+        title=" / ".join(run.folder.absolute().parts[-2:]),
+        model=str(model.get("path", "")) if isinstance(model, Mapping) else "",
+        finished=run.finished,
+        judged=_judged(metrics),
+        metrics=metrics,
+        budget=plan.budget if plan is not None else {},
+        stages=sorted(metrics.get("seconds", {}).items(), key=lambda item: -item[1]),
+        layers=layers,
+        bits=_map(bits, _tell_bits, logarithmic=False),
+        errors=_map(errors, lambda value: f"{value:.2e}", logarithmic=True),
+        widths=_widths(bits, {report.name: report.out_features * report.in_features for report in layers}),
+        outside=[(name, int(value)) for name, value in bits.items() if place(name)[0] is None],
+        worst=[report for report in by_error if report.name in errors][:_WORST],
+        mended=mended[:_EVENTS],
+        more_mended=max(0, len(mended) - _EVENTS),
+        dampings=sorted(Counter(report.damping for report in layers).items()),
+        config=(run.folder / CONFIG).read_text(encoding="utf-8"),
+    )
+
+
+def place(name: str) -> tuple[int | None, str]:
+    """Split a layer's name into depth and kind: ``model.layers.3.mlp.up_proj`` into 3 and ``mlp.up_proj``.
+
+    Experts of a mixture share a kind, as ``mlp.experts.*.up_proj``; a layer outside the blocks has no depth.
+    """
+    parts = name.split(".")
+    depth = next((at for at, part in enumerate(parts) if part.isdigit()), None)
+    if depth is None:
+        return None, name
+    return int(parts[depth]), ".".join("*" if part.isdigit() else part for part in parts[depth + 1 :])
+
+
+def _judged(metrics: Mapping[str, Any]) -> list[Judged]:
+    measures = [
+        key
+        for key, value in metrics.items()
+        if isinstance(value, Mapping) and key not in _NO_MEASURE and not key.startswith("baseline_")
+    ]
+    found = []
+    for measure in measures:
+        after, before = metrics[measure], metrics.get(f"baseline_{measure}", {})
+        for text in dict.fromkeys([*after, *before]):
+            if text in after:
+                found.append(
+                    Judged(
+                        measure=measure,
+                        text=text,
+                        before=before.get(text),
+                        after=after[text],
+                        has_before=text in before,
+                    )
+                )
+    return found
+
+
+def _map(values: Mapping[str, float], tell: Callable[[float], str], *, logarithmic: bool) -> Map | None:
+    """Lay figures of layers out by kind and depth; layers that share a place (experts) by their mean."""
+    places: dict[tuple[str, int], list[float]] = {}
+    for name, value in values.items():
+        depth, kind = place(name)
+        if depth is not None:
+            places.setdefault((kind, depth), []).append(value)
+    if not places:
+        return None
+    kinds = list(dict.fromkeys(kind for kind, _ in places))
+    depths = sorted({depth for _, depth in places})
+    means = {key: sum(items) / len(items) for key, items in places.items()}
+    grid = [[means.get((kind, depth)) for depth in depths] for kind in kinds]
+    level = _levels(means.values(), logarithmic)
+
+    def cell(kind: str, depth: int, value: float | None) -> Cell | None:
+        if value is None:
+            return None
+        return Cell(label=f"{kind}, block {depth}: {tell(value)}", level=level(value), text=f"{value:.3g}")
+
+    cells = [
+        [cell(kind, depth, value) for depth, value in zip(depths, row, strict=True)]
+        for kind, row in zip(kinds, grid, strict=True)
+    ]
+    return Map(kinds=kinds, depths=depths, values=grid, cells=cells, low=min(means.values()), high=max(means.values()))
+
+
+def _levels(values: Iterable[float], logarithmic: bool) -> Callable[[float], float]:
+    """Return a function that spreads the values over 0 to 1."""
+    floor = min((value for value in values if value > 0), default=1.0)
+
+    def scale(value: float) -> float:
+        return math.log(max(value, floor)) if logarithmic else value
+
+    low, high = min(map(scale, values)), max(map(scale, values))
+    return lambda value: round((scale(value) - low) / (high - low), 3) if high > low else 0.5
+
+
+def _widths(bits: Mapping[str, float], weights: Mapping[str, int]) -> list[Width]:
+    total = sum(weights.values())
+    level = _levels(list(bits.values()) or [0.0], False)
+    return [
+        Width(
+            bits=int(width),
+            layers=sum(1 for value in bits.values() if value == width),
+            share=sum(weights[name] for name, value in bits.items() if value == width) / total if total else None,
+            level=level(width),
+        )
+        for width in sorted(set(bits.values()))
+    ]
+
+
+def _tell_bits(value: float) -> str:
+    return f"{value:.3g} bits"

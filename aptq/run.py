@@ -1,0 +1,287 @@
+"""The run folder: one experiment on record, from its config to its report, and what a killed run goes on from."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from torch import Tensor
+
+from aptq import run_folder
+from aptq.api import LayerReport
+from aptq.block_store import BlockStore
+from aptq.errors import AptqError
+from aptq.files import clean_leftovers, disk_errors, write_json, write_text
+from aptq.plan import Plan, read_plan, write_plan
+from aptq.settings import RunSettings
+
+_LOGGER = logging.getLogger(__name__)
+_COLUMNS = tuple(field.name for field in fields(LayerReport))
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "float | None": lambda text: float(text) if text else None,
+}
+
+
+class Run:
+    """One run folder. Rank 0 holds it under a lock and writes; other ranks only read.
+
+    Use it as a context manager, or call ``close``: the lock lives until then.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        *,
+        role: Literal["writer", "follower", "reader"],
+        resumed: bool = False,
+        lock: IO[str] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.config = dict(config)
+        self.resumed = resumed
+        self._role = role
+        self._lock = lock
+        self._blocks = BlockStore(folder / run_folder.BLOCKS)
+
+    @classmethod
+    def open(cls, settings: RunSettings, config: Mapping[str, Any], *, rank: int = 0) -> Run:
+        """Start a run, or go on with one that was killed under the same config.
+
+        Keys that cannot change a result (``run``, ``logger``, ``callback``, ``name``, the number of devices) may
+        differ; those that change only what follows the blocks (``evaluator``, ``backend``, evaluation texts) may too,
+        and the new values are written down. Other ranks than 0 call this once rank 0 is through.
+
+        Raises:
+            AptqError: the run is finished, was started with another config, is at work elsewhere, or the folder holds
+                something else. Nothing was changed then.
+        """
+        folder = Path(settings.dir)
+        config = run_folder.plain(config)
+        if rank != 0:
+            return cls(folder, config, role="follower")
+        if folder.exists() and not folder.is_dir():
+            raise AptqError(f"run.dir={folder} is a file; it must be a folder, or a name that is free.")
+        with disk_errors(folder, "the run folder"):
+            folder.mkdir(parents=True, exist_ok=True)
+            run_folder.refuse_foreign(folder)
+            lock = run_folder.lock(folder)
+        try:
+            resumed = _take_up(folder, config, settings.overwrite)
+        except BaseException:
+            lock.close()
+            raise
+        run = cls(folder, config, role="writer", resumed=resumed, lock=lock)
+        run._blocks.clean()
+        return run
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Open a run to read its results."""
+        config = run_folder.read_config(folder) if folder.is_dir() else None
+        if config is None:
+            raise AptqError(f"{folder} is no run folder: it has no {run_folder.CONFIG}. Give one as runs/<name>/<id>.")
+        return cls(folder, config, role="reader")
+
+    def __enter__(self) -> Run:
+        """Return the run itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the folder free."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the folder free for other processes."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the packed checkpoint goes."""
+        return self.folder / run_folder.MODEL
+
+    @property
+    def finished(self) -> bool:
+        """Whether the packed checkpoint and the metrics are both there."""
+        return run_folder.is_finished(self.folder)
+
+    def save_plan(self, plan: Plan) -> None:
+        """Write ``plan.json``."""
+        if self._writes():
+            write_plan(self.folder / "plan.json", plan)
+
+    def plan(self) -> Plan | None:
+        """Return the plan, or None when the run has not come to it."""
+        path = self.folder / "plan.json"
+        return read_plan(path) if path.exists() else None
+
+    def block_done(self, index: int) -> bool:
+        """Say whether a block is on disk and whole. A damaged one is not, and a warning tells so."""
+        return self._blocks.done(index)
+
+    def save_block(self, index: int, tensors: Mapping[str, Tensor], reports: Sequence[LayerReport]) -> None:
+        """Write a finished block: packed tensors, named ``layer.tensor``, and the reports of its layers."""
+        if self._writes():
+            self._blocks.save(index, tensors, list(reports))
+
+    def load_block(self, index: int) -> tuple[dict[str, Tensor], list[LayerReport]]:
+        """Return what ``save_block`` wrote, on the CPU."""
+        return self._blocks.load(index)
+
+    def packed(self, layer_name: str) -> dict[str, Tensor]:
+        """Read one layer's packed tensors from its block, under the names that the format gave them."""
+        return self._blocks.packed(layer_name)
+
+    def write_layers_csv(self, reports: Sequence[LayerReport]) -> None:
+        """Write ``layers.csv``, one row a layer."""
+        if not self._writes():
+            return
+        text = io.StringIO()
+        writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(report) for report in reports)
+        write_text(self.folder / "layers.csv", text.getvalue(), "the table of layers")
+
+    def layers(self) -> list[LayerReport]:
+        """Read ``layers.csv``; empty when the run has not come to it."""
+        path = self.folder / "layers.csv"
+        if not path.exists():
+            return []
+        with path.open(encoding="utf-8", newline="") as file:
+            try:
+                return [_parse_report(row) for row in csv.DictReader(file)]
+            except (KeyError, TypeError, ValueError) as error:
+                raise AptqError(f"{path} is damaged: {error!r}. Its columns must be {', '.join(_COLUMNS)}.") from error
+
+    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Check and write ``metrics.json``; figures that are not finite are written as null."""
+        check_metrics(metrics)
+        if self._writes():
+            write_json(self.folder / run_folder.METRICS, _finite(metrics), "the metrics")
+
+    def metrics(self) -> dict[str, Any]:
+        """Read ``metrics.json``."""
+        path = self.folder / run_folder.METRICS
+        try:
+            metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise AptqError(f"The run in {self.folder} is not finished: it has no {run_folder.METRICS}.") from None
+        except ValueError as error:
+            raise AptqError(f"{path} is damaged: {error}") from error
+        check_metrics(metrics)
+        return metrics
+
+    def finish(self, keep_blocks: bool = False) -> None:
+        """Remove the blocks, which the results have replaced, unless they are to be kept."""
+        if not self._writes():
+            return
+        if not self.finished:
+            raise RuntimeError(f"finish was called before {self.folder} had its model and metrics")
+        if not keep_blocks:
+            self._blocks.remove()
+
+    def _writes(self) -> bool:
+        if self._role == "reader":
+            raise RuntimeError(f"{self.folder} was opened to read")
+        return self._role == "writer"
+
+
+def check_metrics(metrics: Mapping[str, Any]) -> None:
+    """Hold metrics against the schema of ``metrics.json``.
+
+    ``perplexity`` and ``baseline_perplexity`` map text names to figures (null: not finite), and other evaluators add
+    mappings of their own. Optional are ``samples`` and ``audit``.
+
+    Raises:
+        AptqError: names every key that is missing or holds the wrong kind of value.
+    """
+    faults = [f"{key} is missing" for key in _SCHEMA if key not in metrics]
+    for key, value in metrics.items():
+        kind, fits = _SCHEMA.get(key) or _OPTIONAL.get(key) or _MEASURE
+        if not fits(value):
+            faults.append(f"{key} must be {kind}, got {value!r:.80}")
+    if faults:
+        raise AptqError(f"These are no metrics of a run: {'; '.join(faults)}.")
+
+
+def _take_up(folder: Path, config: Mapping[str, Any], overwrite: bool) -> bool:
+    """Bring a locked folder into the state in which a run begins; say whether it goes on with an old one."""
+    clean_leftovers(folder)
+    if overwrite:
+        run_folder.clear(folder)
+    old = run_folder.read_config(folder)
+    if old is None:
+        run_folder.write_config(folder, config)
+        return False
+    if run_folder.is_finished(folder):
+        raise AptqError(
+            f"The run in {folder} is finished. See it with aptq -cn report run={folder}; do it again with "
+            "overwrite=true, which clears it, or start another with name=... or run.dir=..."
+        )
+    if run_folder.check_config(folder, old, config):
+        _LOGGER.info("going on in %s with other settings for what follows the blocks", folder)
+        run_folder.write_config(folder, config)
+    return True
+
+
+def _parse_report(row: Mapping[str, str]) -> LayerReport:
+    return LayerReport(**{field.name: _PARSERS[str(field.type)](row[field.name]) for field in fields(LayerReport)})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and value - value != 0 else value
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _object(value: Any, fits: Callable[[Any], bool], *keys: str) -> bool:
+    """Say whether a value is a mapping to values that fit, with exactly these keys where any are given."""
+    return isinstance(value, Mapping) and all(map(fits, value.values())) and (not keys or set(value) == set(keys))
+
+
+def _is_measure(value: Any) -> bool:
+    return _object(value, lambda item: item is None or _number(item))
+
+
+def _is_samples(value: Any) -> bool:
+    keys = ("prompt", "original", "quantized")
+    return isinstance(value, list) and all(_object(item, lambda text: isinstance(text, str), *keys) for item in value)
+
+
+_Rule = tuple[str, Callable[[Any], bool]]
+_MEASURE: _Rule = ("an object of numbers by text", _is_measure)
+_SCHEMA: dict[str, _Rule] = {
+    "perplexity": _MEASURE,
+    "baseline_perplexity": _MEASURE,
+    "bits": ('{"code": number, "storage": number}', lambda value: _object(value, _number, "code", "storage")),
+    "bytes": ('{"model": int, "original": int}', lambda value: _object(value, _count, "model", "original")),
+    "seconds": ("an object of numbers by stage", lambda value: _object(value, _number)),
+    "peak_rss_bytes": ("a whole number", _count),
+    "peak_device_bytes": ("a whole number or null", lambda value: value is None or _count(value)),
+    "versions": ("an object", lambda value: isinstance(value, Mapping)),
+}
+_OPTIONAL: dict[str, _Rule] = {
+    "audit": ('{"spearman", "slope", "plans"}', lambda value: isinstance(value, Mapping)),
+    "samples": ('a list of {"prompt", "original", "quantized"}', _is_samples),
+}

@@ -1,0 +1,64 @@
+"""What the command line prints when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from aptq.run import Run
+
+
+def print_summary(run: Run, report: Path) -> None:
+    """Print perplexity and size before and after, how both models go on, and where everything is."""
+    console = Console()
+    metrics = run.metrics()
+    table = Table(title="Before and after", title_justify="left")
+    for heading in ("", "original", "quantized", "change"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    before = metrics["baseline_perplexity"]
+    for name, after in metrics["perplexity"].items():
+        table.add_row(
+            f"perplexity on {name}", _figure(before.get(name)), _figure(after), _change(before.get(name), after)
+        )
+    sizes = metrics["bytes"]
+    table.add_row("size (MB)", f"{sizes['original'] / 1e6:.1f}", f"{sizes['model'] / 1e6:.1f}", _times(sizes))
+    bits = metrics["bits"]
+    table.add_row("bits per quantized weight", "", f"{bits['code']:.2f}", f"{bits['storage']:.2f} with scales")
+    console.print(table)
+    for sample in metrics.get("samples", []):
+        console.print(f"\n[dim]{escape(sample['prompt'])}[/]")
+        if sample["original"] is not None:
+            console.print(f"[bold]original[/]   {escape(sample['original'])}")
+        console.print(f"[bold]quantized[/]  {escape(sample['quantized'])}")
+    seconds = metrics["seconds"]
+    stages = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items() if value >= 0.5)
+    console.print(f"\nTook {stages}; peak memory {metrics['peak_rss_bytes'] / 1e9:.1f} GB.", highlight=False)
+    for what, path in (("Run folder", run.folder), ("Model", run.model_folder), ("Report", report)):
+        console.print(f"{what:<11}[bold]{escape(str(path))}[/]", soft_wrap=True, highlight=False)
+
+
+def print_perplexity(measures: Mapping[str, Mapping[str, float]], model: str) -> None:
+    """Print what an evaluator found."""
+    table = Table(title=escape(f"Evaluation of {model}"), title_justify="left")
+    for heading in ("measure", "text", "value"):
+        table.add_column(heading, justify="right" if heading == "value" else "left")
+    for measure, values in measures.items():
+        for name, value in values.items():
+            table.add_row(measure, name, _figure(value))
+    Console().print(table)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return "" if not before or after is None else f"{100 * (after / before - 1):+.1f} %"
+
+
+def _times(sizes: Mapping[str, int]) -> str:
+    return f"{sizes['original'] / sizes['model']:.1f}x smaller"

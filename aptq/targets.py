@@ -1,0 +1,71 @@
+"""Who will serve the result, and what it can: data, one entry a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from aptq.api import AptqError, Option
+from aptq.typed import nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What one consumer of checkpoints accepts.
+
+    ``group_multiple`` is what every group size must be a multiple of, ``group_sizes`` the only ones allowed (None: any
+    multiple), ``per_row`` whether -1 is allowed too. ``divisible`` says that the group size must divide a layer's
+    input width. ``fused`` says that layers which the consumer fuses (query, key and value; gate and up) must have one
+    option; allocators see to that.
+    """
+
+    name: str
+    bits: tuple[int, ...]
+    group_multiple: int = 1
+    group_sizes: tuple[int, ...] | None = None
+    per_row: bool = True
+    divisible: bool = False
+    fused: bool = False
+
+    def check(self, options: Sequence[Option], shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise ``AptqError`` unless every option can be served for every layer ``{name: (out, in)}``."""
+        for option in options:
+            self._check_option(option)
+            if self.divisible and option.group_size != -1:
+                self._check_widths(option.group_size, shapes)
+
+    def _check_option(self, option: Option) -> None:
+        if option.bits not in self.bits:
+            allowed = ", ".join(map(str, self.bits))
+            raise AptqError(f"Target {self.name} serves {allowed} bits; got bits={option.bits}.")
+        size = option.group_size
+        served = self.per_row if size == -1 else size > 0 and size % self.group_multiple == 0
+        if not served or (size != -1 and self.group_sizes is not None and size not in self.group_sizes):
+            raise AptqError(f"Target {self.name} serves {self._group_rule()}; got group_size={size}.")
+
+    def _check_widths(self, size: int, shapes: Mapping[str, tuple[int, int]]) -> None:
+        for name, (_, width) in shapes.items():
+            if width % size:
+                raise AptqError(
+                    f"Target {self.name} needs group sizes that divide a layer's input width; "
+                    f"{size} does not divide the {width} of {name}."
+                )
+
+    def _group_rule(self) -> str:
+        """Say which group sizes are allowed."""
+        sizes = f"multiples of {self.group_multiple}"
+        if self.group_sizes is not None:
+            sizes = ", ".join(map(str, self.group_sizes))
+        return f"group sizes {sizes}" + (" and -1 (a whole row)" if self.per_row else "")
+
+
+# The packed layout stores 32 weights of a row as one unit; a unit that spanned two groups would need two scales.
+_TARGETS = (Target(name="native", bits=(2, 3, 4, 5, 6, 7, 8), group_multiple=32),)
+
+
+def get_target(name: str) -> Target:
+    """Return a target by name; raise ``AptqError`` with the nearest name when there is none."""
+    targets = {target.name: target for target in _TARGETS}
+    if name not in targets:
+        raise AptqError(f"Unknown target {name!r}.{nearest(name, targets)} Targets: {', '.join(targets)}.")
+    return targets[name]

@@ -1,0 +1,89 @@
+"""What all checks share: seeded tensors and assertions that say what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from aptq.api import Format, Option
+from aptq.errors import AptqError
+from aptq.registry import build
+
+Shape = tuple[int, int]
+
+
+def expect(condition: bool, message: str) -> None:
+    """Raise ``AssertionError`` with a message unless the condition holds (also under ``python -O``)."""
+    if not condition:
+        raise AssertionError(message)
+
+
+def expect_equal(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Demand equal shape, dtype and bits (NaN equals nothing)."""
+    expect(actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}.")
+    expect(actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype}, expected {expected.dtype}.")
+    different = actual != expected
+    if bool(different.any()):
+        where = tuple(int(index) for index in different.nonzero()[0])
+        raise AssertionError(
+            f"{what}: {int(different.sum())} of {actual.numel()} values differ, "
+            f"first at {where}: {actual[where].item()!r}, expected {expected[where].item()!r}."
+        )
+
+
+def expect_same_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    """Demand the same names and, of each, equal bits."""
+    expect(set(actual) == set(expected), f"{what}: tensors {sorted(actual)}, expected {sorted(expected)}.")
+    for name, tensor in expected.items():
+        expect_equal(actual[name], tensor, f"{what}: {name}")
+
+
+def default_format() -> Format:
+    """Return the built-in integer format, to try other components with."""
+    built: Format = build("format", {"name": "integer"})
+    return built
+
+
+def accepts(format: Format, option: Option, shape: Shape) -> bool:
+    """Ask a format whether it can store a layer so; anything but ``AptqError`` is a failure of its ``check``."""
+    try:
+        format.check(option, shape)
+    except AptqError:
+        return False
+    return True
+
+
+def accepted(
+    format: Format, bits: Sequence[int], group_sizes: Sequence[int], shapes: Sequence[Shape]
+) -> list[tuple[Option, Shape]]:
+    """Return all options and shapes that a format accepts; each width must be accepted somewhere."""
+    cases = []
+    for width in bits:
+        options = [Option(bits=width, group_size=size) for size in dict.fromkeys((*group_sizes, format.group_size, -1))]
+        found = [(option, shape) for option in options for shape in shapes if accepts(format, option, shape)]
+        expect(
+            bool(found),
+            f"The format accepts {width} bits with none of {options} and none of the shapes {list(shapes)}.",
+        )
+        cases += found
+    return cases
+
+
+def random_weight(heads: int, shape: Shape, seed: int) -> Tensor:
+    """Return a seeded weight ``[heads, rows, in]`` with a few outliers, as trained ones have them."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(heads, shape[0] // heads, shape[1], generator=generator) * 0.05
+    weight[:, :, seed % shape[1]] *= 4
+    return weight
+
+
+def random_curvature(heads: int, width: int, seed: int, rank: int | None = None) -> Tensor:
+    """Return seeded column Hessians ``[heads, width, width]`` of correlated inputs; of low rank when asked for."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(heads, rank or 2 * width, width, generator=generator)
+    mixing = torch.eye(width) + 0.5 * torch.randn(width, width, generator=generator) / width**0.5
+    inputs = inputs @ mixing
+    hessian: Tensor = 2 * inputs.transpose(1, 2) @ inputs / inputs.shape[1]
+    return (hessian + hessian.transpose(1, 2)) / 2

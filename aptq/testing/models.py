@@ -1,0 +1,240 @@
+"""Do estimators and evaluators keep their promises on a running model."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from aptq.api import Block, BlockInputs, CurvatureSum, EvaluationText, Evaluator, HessianEstimator, Layer
+from aptq.testing.assertions import expect, expect_equal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["check_evaluator", "check_hessian", "tiny_block", "tiny_inputs"]
+
+
+@dataclass
+class LinearLayer:
+    """A linear module as ``aptq.api.Layer`` sees it."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        out_features, in_features = self.weight().shape
+        return out_features, in_features
+
+    def weight(self) -> Tensor:
+        """Return the weight ``[out, in]``."""
+        return self.module.get_parameter("weight").detach()
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Write the weight back."""
+        self.weight().copy_(weight)
+
+
+class TinyBlock(nn.Module):
+    """A gated network with a residual: two layers share an input, a third has its own."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=True)
+
+    def forward(self, hidden: Tensor, scale: float = 1.0) -> tuple[Tensor]:
+        """Return the new hidden states in a tuple, as many decoders do."""
+        x = self.norm(hidden)
+        return (hidden + scale * self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)),)
+
+
+def tiny_block(width: int = 24, hidden: int = 40) -> Block:
+    """Return a seeded block of three linear layers, for estimators that need no attention."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = TinyBlock(width, hidden).eval()
+    layers: dict[str, Layer] = {
+        f"model.layers.0.{name}": LinearLayer(f"model.layers.0.{name}", child)
+        for name, child in module.named_children()
+        if isinstance(child, nn.Linear)
+    }
+    return Block(index=0, name="model.layers.0", module=module, layers=layers)
+
+
+def tiny_inputs(width: int = 24, samples: int = 6, tokens: int = 16) -> BlockInputs:
+    """Return seeded hidden states for ``tiny_block``."""
+    generator = torch.Generator().manual_seed(1)
+    return BlockInputs(hidden=torch.randn(samples, tokens, width, generator=generator), args=(), kwargs={"scale": 0.5})
+
+
+# --------------------------------------------------------------------------------------------------- estimators
+
+
+def check_hessian(
+    estimator: HessianEstimator, *, block: Block | None = None, inputs: BlockInputs | None = None
+) -> None:
+    """Check an estimator on a block: give your own block and inputs where it needs attention.
+
+    Args:
+        estimator: the component.
+        block: a block in evaluation mode.
+        inputs: one batch of at least two samples for it; its arguments must fit any number of samples.
+
+    Raises:
+        AssertionError: a promise of ``aptq.api.HessianEstimator`` is broken.
+    """
+    block, inputs = block or tiny_block(), inputs or tiny_inputs()
+    expect(inputs.hidden.shape[0] >= 2, "Give at least two samples, so that batching can be told.")
+    together = _observe(estimator, block, [inputs])
+    _check_sums(together, block, tokens=inputs.hidden.shape[0] * inputs.hidden.shape[1])
+    one_by_one = _observe(estimator, block, _split(inputs, 1))
+    _check_close(one_by_one, together, "samples one by one instead of in one batch")
+    first, *rest = _split(inputs, (inputs.hidden.shape[0] + 1) // 2)
+    ranks = [_observe(estimator, block, [first]), _observe(estimator, block, rest)]
+    _check_close({name: _added([rank[name] for rank in ranks]) for name in together}, together, "split over two ranks")
+    _check_failure(estimator, block, inputs)
+
+
+def _split(inputs: BlockInputs, size: int) -> list[BlockInputs]:
+    return [
+        BlockInputs(hidden=part, args=inputs.args, kwargs=inputs.kwargs) for part in torch.split(inputs.hidden, size)
+    ]
+
+
+def _observe(estimator: HessianEstimator, block: Block, batches: Sequence[BlockInputs]) -> dict[str, CurvatureSum]:
+    """Return copies of the sums, after checking that observing changed nothing else."""
+    hooks, weights = _hooks(block.module), {name: each.clone() for name, each in block.module.state_dict().items()}
+    with torch.no_grad():
+        expected = [batch.run(block.module) for batch in batches]
+    given = [batch.hidden.clone() for batch in batches]
+    with torch.no_grad(), estimator.observe(block) as observer:
+        for batch, output, before in zip(batches, expected, given, strict=True):
+            expect_equal(observer(batch), output, "The block's output under observation")
+            expect_equal(batch.hidden, before, "The block's input after observation")
+        sums = {
+            name: CurvatureSum(
+                column=each.column.clone(), tokens=each.tokens, row=None if each.row is None else each.row.clone()
+            )
+            for name, each in observer.sums().items()
+        }
+    expect(_hooks(block.module) == hooks, "The estimator leaves hooks on the block.")
+    for name, tensor in block.module.state_dict().items():
+        expect_equal(tensor, weights[name], f"{name} of the block after observation")
+    expect(all(each.grad is None for each in block.module.parameters()), "The estimator leaves gradients on the block.")
+    return sums
+
+
+def _hooks(module: nn.Module) -> list[int]:
+    """Return the ids of all hooks of a module and its children."""
+    return [
+        key
+        for child in module.modules()
+        for attribute in sorted(vars(child))
+        if attribute.endswith("_hooks") and isinstance(hooks := getattr(child, attribute), OrderedDict)
+        for key in hooks
+    ]
+
+
+def _check_sums(sums: Mapping[str, CurvatureSum], block: Block, tokens: int) -> None:
+    expect(set(sums) == set(block.layers), f"sums() has {sorted(sums)}, the block has {sorted(block.layers)}.")
+    for name, each in sums.items():
+        out_features, in_features = block.layers[name].shape
+        heads = each.column.shape[0]
+        expect(
+            each.column.shape == (heads, in_features, in_features) and each.column.dtype == torch.float32,
+            f"{name}: column is {tuple(each.column.shape)} {each.column.dtype}; "
+            f"[heads, {in_features}, {in_features}] in float32 is promised.",
+        )
+        expect(heads > 0 and out_features % heads == 0, f"{name}: {heads} heads do not divide {out_features} outputs.")
+        expect(0 <= each.tokens <= tokens, f"{name}: {each.tokens} tokens counted of {tokens}.")
+        _check_positive(each.column, f"{name}: column")
+        if each.row is not None:
+            rows = out_features // heads
+            expect(each.row.shape == (heads, rows, rows), f"{name}: row is {tuple(each.row.shape)}.")
+            _check_positive(each.row, f"{name}: row")
+
+
+def _check_positive(matrix: Tensor, what: str) -> None:
+    expect(bool(matrix.isfinite().all()), f"{what} has NaN or Inf.")
+    expect_equal(matrix.transpose(1, 2).contiguous(), matrix.contiguous(), f"{what} mirrored (it has to be symmetric)")
+    smallest = torch.linalg.eigvalsh(matrix.double()).amin()
+    largest = matrix.abs().amax().double()
+    expect(
+        bool(smallest >= -1e-4 * largest), f"{what} is not positive semi-definite: eigenvalue {float(smallest):.3g}."
+    )
+
+
+def _added(parts: Sequence[CurvatureSum]) -> CurvatureSum:
+    rows = [part.row for part in parts if part.row is not None]
+    return CurvatureSum(
+        column=torch.stack([part.column for part in parts]).sum(0),
+        tokens=sum(part.tokens for part in parts),
+        row=torch.stack(rows).sum(0) if rows else None,
+    )
+
+
+def _check_close(actual: Mapping[str, CurvatureSum], expected: Mapping[str, CurvatureSum], what: str) -> None:
+    for name, each in expected.items():
+        expect(
+            actual[name].tokens == each.tokens,
+            f"{name}: {actual[name].tokens} tokens with {what}, {each.tokens} without.",
+        )
+        error = (actual[name].column - each.column).abs().max() / each.column.abs().max().clamp(min=1e-30)
+        expect(bool(error <= 1e-4), f"{name}: column differs by {float(error):.3g} (relative) with {what}.")
+
+
+def _check_failure(estimator: HessianEstimator, block: Block, inputs: BlockInputs) -> None:
+    """Hooks have to go when the pass fails too."""
+    hooks = _hooks(block.module)
+    try:
+        with torch.no_grad(), estimator.observe(block) as observer:
+            observer(inputs)
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    expect(_hooks(block.module) == hooks, "The estimator leaves hooks on the block when the pass is interrupted.")
+
+
+# --------------------------------------------------------------------------------------------------- evaluators
+
+
+def check_evaluator(evaluator: Evaluator, model: PreTrainedModel, *, length: int = 256) -> None:
+    """Check an evaluator on a small model and two texts of random tokens.
+
+    Raises:
+        AssertionError: a promise of ``aptq.api.Evaluator`` is broken.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = int(model.config.vocab_size)
+    texts = [
+        EvaluationText(name=name, tokens=torch.randint(vocabulary, (length,), generator=generator))
+        for name in ("a", "b")
+    ]
+    weights = {name: each.clone() for name, each in model.state_dict().items()}
+    training, hooks, reported = model.training, _hooks(model), []
+    results = evaluator.evaluate(model, texts, lambda name, share: reported.append((name, share)))
+    expect(bool(results), "evaluate() returns no measure.")
+    for measure, values in results.items():
+        expect(set(values) == {"a", "b"}, f"{measure} has values for {sorted(values)}; the texts are a and b.")
+        for name, value in values.items():
+            expect(isinstance(value, float) and math.isfinite(value), f"{measure} of {name} is {value!r}.")
+    for name in ("a", "b"):
+        shares = [share for text, share in reported if text == name]
+        expect(
+            shares == sorted(shares) and bool(shares) and shares[0] >= 0 and shares[-1] <= 1,
+            f"progress of {name}: {shares}.",
+        )
+    expect(evaluator.evaluate(model, texts, lambda name, share: None) == results, "A second call gives other results.")
+    expect(model.training == training and _hooks(model) == hooks, "evaluate() leaves the model in another state.")
+    for name, tensor in model.state_dict().items():
+        expect_equal(tensor, weights[name], f"{name} of the model after evaluate()")

@@ -1,0 +1,106 @@
+"""llm-compressor's GPTQ, as its users run it; executed by the interpreter of the peer's own environment.
+
+Two subcommands: ``quantize`` is the job that is measured, ``dump`` turns the checkpoint it saved into plain weights
+for the common judge. Nothing of aptq is imported here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import time
+from pathlib import Path
+
+START = time.perf_counter()
+
+
+def quantize(arguments: argparse.Namespace) -> None:
+    """Quantize with static activation order on given token ids and save the compressed checkpoint."""
+    import torch
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(arguments.threads)
+    seconds = {"import": time.perf_counter() - START}
+
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    tokens = load_file(arguments.tokens)["input_ids"]
+    samples = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()})
+    seconds["load"] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    weights = {
+        "num_bits": arguments.bits,
+        "type": "int",
+        "symmetric": False,
+        "strategy": "group",
+        "group_size": arguments.group_size,
+    }
+    recipe = GPTQModifier(
+        config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
+        ignore=["lm_head"],
+    )
+    oneshot(
+        model=model,
+        dataset=samples,
+        recipe=recipe,
+        max_seq_length=tokens.shape[1],
+        num_calibration_samples=tokens.shape[0],
+    )
+    seconds["quantize"] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    model.save_pretrained(arguments.output, save_compressed=True)
+    seconds["save"] = time.perf_counter() - start
+
+    packages = ("llmcompressor", "compressed-tensors", "torch", "transformers")
+    record = {"seconds": seconds, "versions": {name: importlib.metadata.version(name) for name in packages}}
+    Path(arguments.record).write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+
+def dump(arguments: argparse.Namespace) -> None:
+    """Load the saved checkpoint with its own loader and save the dense float32 weights of every quantized layer."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    dense = {
+        f"{name}.weight": module.weight.detach().float().contiguous()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    save_file(dense, arguments.output)
+
+
+def main() -> None:
+    """Parse the command line and run one of the two subcommands."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    job = commands.add_parser("quantize")
+    job.add_argument("--model", required=True, help="folder of the full-precision model")
+    job.add_argument("--tokens", required=True, help="safetensors file with input_ids [samples, length]")
+    job.add_argument("--bits", type=int, required=True)
+    job.add_argument("--group-size", type=int, required=True)
+    job.add_argument("--threads", type=int, required=True)
+    job.add_argument("--output", required=True, help="folder of the compressed checkpoint")
+    job.add_argument("--record", required=True, help="JSON file for stage times and versions")
+    job.set_defaults(run=quantize)
+    judge = commands.add_parser("dump")
+    judge.add_argument("--model", required=True, help="folder of the compressed checkpoint")
+    judge.add_argument("--output", required=True, help="safetensors file of dense weights")
+    judge.set_defaults(run=dump)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

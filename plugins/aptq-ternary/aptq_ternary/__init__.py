@@ -1,0 +1,1 @@
+"""A ternary weight format for aptq."""

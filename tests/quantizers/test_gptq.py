@@ -1,0 +1,138 @@
+"""GPTQ against the textbook: the optimal-brain-surgeon step with an explicit inverse, in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from aptq.api import AptqError, Curvature, Option
+from aptq.formats.integer import Integer
+from aptq.quantizers.gptq import GPTQ, inverse_factor
+from aptq.quantizers.nearest import Nearest
+from aptq.testing import check_quantizer
+
+
+def _hessian(width: int, heads: int = 1, seed: int = 0, tokens: int = 300) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(heads, tokens, width, generator=generator) @ torch.randn(heads, width, width, generator=generator)
+    return 2 * x.transpose(1, 2) @ x / tokens
+
+
+def _quantize(quantizer: GPTQ, weight: Tensor, column: Tensor, option: Option, format: Integer | None = None) -> Tensor:
+    format = format or Integer()
+    factors = quantizer.prepare(Curvature(column=column, tokens=1))
+    return format.dequantize(quantizer.quantize(weight, factors, format, option), option)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_keeps_the_contract(act_order: bool) -> None:
+    check_quantizer(GPTQ(act_order=act_order))
+
+
+def _surgeon(weight: Tensor, hessian: Tensor, order: Tensor, option: Option, format: Integer, damping: float) -> Tensor:
+    """Quantize by equations 2 and 3 of GPTQ, with the inverse of the remaining Hessian recomputed at every step."""
+    grid = format.fit(weight[None], option)
+    w, left = weight.double().clone(), order.tolist()
+    damped = hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(len(hessian))
+    result = torch.zeros_like(w)
+    for column in order.tolist():
+        inverse = torch.linalg.inv(damped[left][:, left])
+        result[:, column] = grid.round(w[:, column].float()[None], column)[1][0]
+        error = (w[:, column] - result[:, column]) / inverse[0, 0]
+        w[:, left] -= torch.outer(error, inverse[0])
+        left.remove(column)
+    return result
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("block_size", [1, 16, 128])
+def test_equals_the_textbook(act_order: bool, block_size: int) -> None:
+    hessian, weight, option = _hessian(40)[0], torch.randn(12, 40), Option(3, 32)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else torch.arange(40)
+    expected = _surgeon(weight, hessian, order, option, Integer(), 0.01)
+    actual = _quantize(GPTQ(act_order=act_order, block_size=block_size), weight, hessian[None], option)
+    flips = (actual.double() - expected).abs().gt(1e-4).double().mean().item()
+    assert flips < 0.02, f"{100 * flips:.1f} % of the codes differ: more than float32 ties explain"
+
+
+def test_heads_are_independent() -> None:
+    """Three heads at once give what each gives alone."""
+    column, weight, option = _hessian(48, heads=3), torch.randn(24, 48), Option(4, 32)
+    together = _quantize(GPTQ(), weight, column, option)
+    for head in range(3):
+        rows = slice(8 * head, 8 * head + 8)
+        alone = _quantize(GPTQ(), weight[rows], column[head : head + 1], option)
+        assert torch.equal(together[rows], alone)
+
+
+def test_beats_nearest_on_the_objective_and_activation_order_helps() -> None:
+    scale = torch.logspace(-3, 0, 128)  # the natural order begins with what matters least
+    column = _hessian(128, seed=3) * scale[:, None] * scale
+    curvature, weight, option = Curvature(column=column, tokens=1), torch.randn(64, 128), Option(2, 64)
+    format, nearest = Integer(), Nearest()
+    rounded = format.dequantize(nearest.quantize(weight, nearest.prepare(curvature), format, option), option)
+    plain = curvature.quadratic(weight - _quantize(GPTQ(act_order=False), weight, column, option))
+    ordered = curvature.quadratic(weight - _quantize(GPTQ(), weight, column, option))
+    assert ordered < plain < curvature.quadratic(weight - rounded)
+
+
+def test_identity_curvature_is_nearest() -> None:
+    weight, option, format = torch.randn(16, 64), Option(3, 32), Integer()
+    curvature = Curvature(column=torch.eye(64)[None], tokens=1)
+    nearest = Nearest()
+    expected = format.dequantize(nearest.quantize(weight, nearest.prepare(curvature), format, option), option)
+    assert torch.equal(_quantize(GPTQ(), weight, curvature.column, option), expected)
+
+
+def test_inverse_factor_in_float64() -> None:
+    hessian = _hessian(30, heads=2).double()
+    upper, damping, events = inverse_factor(hessian, 0.01, 1.0)
+    eye = torch.eye(30, dtype=torch.float64)
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    assert torch.allclose(
+        upper.transpose(1, 2) @ upper @ (hessian + 0.01 * mean * eye), eye.expand(2, -1, -1), atol=1e-9
+    )
+    assert torch.equal(upper, upper.triu())
+    assert damping == 0.01
+    assert events == ()
+
+
+def test_dead_columns_do_no_harm() -> None:
+    column = _hessian(64)
+    column[:, 10:20] = 0
+    column[:, :, 10:20] = 0
+    weight = torch.randn(8, 64)
+    values = _quantize(GPTQ(), weight, column, Option(4, 32))
+    assert bool(torch.isfinite(values).all())
+    assert (values - weight)[:, 10:20].abs().max() < 0.5, "a column without curvature is rounded to nearest"
+
+
+def test_a_layer_that_no_token_reached_is_rounded_to_nearest() -> None:
+    weight, option, format = torch.randn(8, 64), Option(4, 32), Integer()
+    zero = Curvature(column=torch.zeros(1, 64, 64), tokens=0)
+    nearest = Nearest()
+    expected = format.dequantize(nearest.quantize(weight, nearest.prepare(zero), format, option), option)
+    assert torch.equal(_quantize(GPTQ(), weight, zero.column, option), expected)
+
+
+def test_damping_climbs_and_is_reported() -> None:
+    indefinite = _hessian(32)
+    indefinite = indefinite - 0.05 * indefinite.diagonal(dim1=1, dim2=2).mean() * torch.eye(32)
+    smallest = torch.linalg.eigvalsh(indefinite[0]).min() / indefinite[0].diagonal().mean()
+    assert -0.1 < smallest < -0.01
+    factors = GPTQ().prepare(Curvature(column=indefinite, tokens=1))
+    assert factors.damping == pytest.approx(0.1)
+    assert factors.events == ("damping raised to 0.1",)
+
+
+def test_the_last_rung_is_the_diagonal() -> None:
+    hopeless = -_hessian(32) + 40 * torch.diag_embed(torch.ones(1, 32))
+    hopeless[:, 0, 1] = hopeless[:, 1, 0] = 1e4
+    factors = GPTQ().prepare(Curvature(column=hopeless, tokens=1))
+    assert "diagonal" in factors.events[-1]
+    assert torch.equal(factors.upper, torch.diag_embed(factors.upper.diagonal(dim1=1, dim2=2)))
+
+
+@pytest.mark.parametrize("options", [{"damping": -0.1}, {"damping": 2.0}, {"block_size": 0}])
+def test_options_are_checked(options: dict[str, float]) -> None:
+    with pytest.raises(AptqError, match="quantizer"):
+        GPTQ(**options)  # type: ignore[arg-type]

@@ -1,0 +1,181 @@
+"""The report: one page that needs nothing else and tells what the run folder holds."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aptq.api import LayerReport, Option
+from aptq.errors import AptqError
+from aptq.plan import Plan
+from aptq.report import write_report
+from aptq.report.content import collect, place
+from aptq.run import Run
+from aptq.settings import RunSettings
+
+KINDS = ("self_attn.q_proj", "mlp.experts.0.up_proj", "mlp.experts.1.up_proj")
+METRICS: dict[str, Any] = {
+    "perplexity": {"c4": 43.21, "wikitext2": None},
+    "baseline_perplexity": {"c4": 34.2},
+    "accuracy": {"arc": 0.4},
+    "bits": {"code": 3.5, "storage": 3.83},
+    "bytes": {"model": 103_000_000, "original": 269_000_000},
+    "seconds": {"measure": 31.0, "quantize": 95.0},
+    "peak_rss_bytes": 1_310_000_000,
+    "peak_device_bytes": 2_000_000_000,
+    "versions": {"torch": "2.13.0"},
+    "samples": [{"prompt": "With <b>", "original": " open", "quantized": " <script>alert(1)</script>"}],
+    "audit": {"spearman": 0.93, "slope": 1.1, "plans": [1, 2]},
+}
+
+
+def layer(name: str, bits: int, error: float) -> LayerReport:
+    return LayerReport(
+        name=name, out_features=8, in_features=4, bits=bits, group_size=64, storage_bits=bits + 0.3, tokens=9,
+        trace=0.1, predicted_cost=0.2, error_nearest=2 * error, error=error, relative_error=error, damping=0.01,
+        seconds=0.5, events="",
+    )  # fmt: skip
+
+
+def reports() -> list[LayerReport]:
+    rows = [
+        layer(f"model.layers.{block}.{kind}", 3 + (block + at) % 2, 0.001 * (1 + block + at))
+        for block in range(3)
+        for at, kind in enumerate(KINDS)
+    ]
+    rows[4] = replace(rows[4], damping=0.1, events="damping raised to 0.1")
+    return [*rows, layer("lm_head", 8, float("nan"))]
+
+
+def make(folder: Path, metrics: dict[str, Any] | None, rows: list[LayerReport]) -> Path:
+    with Run.open(RunSettings(dir=str(folder)), {"name": "demo", "model": {"path": "tiny & small"}}) as run:
+        if rows:
+            run.write_layers_csv(rows)
+            options = {row.name: Option(row.bits, row.group_size) for row in rows}
+            run.save_plan(Plan(layers=options, format_name="integer", budget={"ratio": 0.5, "code_bits": 3.5}))
+        if metrics is not None:
+            run.model_folder.mkdir()
+            run.write_metrics(metrics)
+            run.finish()
+    return folder
+
+
+class Page(HTMLParser):
+    """Collects text, attributes and unclosed tags."""
+
+    VOID = ("meta", "br", "img", "link", "input", "hr")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.attributes, self.open = "", [("", "")], list[str]()
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.text += data
+
+
+def read(path: Path) -> Page:
+    page = Page(path.read_text(encoding="utf-8"))
+    page.text = re.sub(r"\s+", " ", page.text)
+    assert page.open == []
+    return page
+
+
+def test_the_page_tells_the_results(tmp_path: Path) -> None:
+    path = write_report(make(tmp_path / "demo" / "1", METRICS, reports()))
+    assert path == tmp_path / "demo" / "1" / "report.html"
+    text = read(path).text
+    for told in (
+        "demo / 1", "tiny & small", "103 MB", "2.61 times smaller", "3.50 bits", "3.83 stored", "34.20", "43.21",
+        "+26.3%", "not finite", "accuracy", "0.4000", "2 min 06 s", "1.31 GB", "device 2 GB", "code_bits 3.500",
+        "damping raised to 0.1", "0.1000 in 1 layer", "lm_head, 8 bits", "spearman", "torch 2.13.0", "With <b>",
+    ):  # fmt: skip
+        assert told in text
+
+
+def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path: Path) -> None:
+    html = write_report(make(tmp_path, METRICS, reports())).read_text(encoding="utf-8")
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(1)" in html
+    assert not re.search(r"https?:|url\(|@import", html)
+    assert not [value for name, value in Page(html).attributes if name in ("src", "href")]
+    assert "prefers-color-scheme: dark" in html
+    assert "@media print" in html
+    assert 'name="viewport"' in html
+
+
+def test_the_figures_are_png_files(tmp_path: Path) -> None:
+    write_report(make(tmp_path, METRICS, reports()))
+    for name in ("bits.png", "errors.png", "stages.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize("rows", [[], reports()])
+@pytest.mark.parametrize(
+    "metrics", [None, {key: METRICS[key] for key in METRICS if key not in ("samples", "audit", "accuracy")}]
+)
+def test_what_is_missing_is_left_out(tmp_path: Path, rows: list[LayerReport], metrics: dict[str, Any] | None) -> None:
+    if metrics is not None:
+        metrics = metrics | {"perplexity": {}, "baseline_perplexity": {}, "seconds": {}, "peak_device_bytes": None}
+    text = read(write_report(make(tmp_path, metrics, rows))).text
+    assert ("not finished" in text) == (metrics is None)
+    assert ("Nothing was evaluated" in text) == (metrics is not None)
+    assert ("bits per layer" in text) == bool(rows)
+    assert (tmp_path / "bits.png").exists() == bool(rows)
+
+
+def test_a_plan_alone_gives_the_map_of_bits(tmp_path: Path) -> None:
+    make(tmp_path, None, reports())
+    (tmp_path / "layers.csv").unlink()
+    text = read(write_report(tmp_path)).text
+    assert "bits per layer" in text
+    assert "Relative error" not in text
+
+
+def test_layers_are_laid_out_by_kind_and_depth(tmp_path: Path) -> None:
+    content = collect(Run.read(make(tmp_path, METRICS, reports())))
+    assert content.bits is not None
+    assert content.bits.kinds == ["self_attn.q_proj", "mlp.experts.*.up_proj"]
+    assert content.bits.depths == [0, 1, 2]
+    assert content.bits.values == [[3, 4, 3], [3.5, 3.5, 3.5]]  # experts by their mean
+    assert content.errors is not None
+    assert [cell.level for cell in content.errors.cells[0] if cell] == pytest.approx([0, 0.461, 0.730], abs=1e-3)
+    assert [(width.bits, width.layers) for width in content.widths] == [(3, 5), (4, 4), (8, 1)]
+    assert sum(width.share or 0 for width in content.widths) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.3.mlp.up_proj", (3, "mlp.up_proj")),
+        ("transformer.h.11.attn.c_attn", (11, "attn.c_attn")),
+        ("model.layers.0.mlp.experts.7.w1", (0, "mlp.experts.*.w1")),
+        ("lm_head", (None, "lm_head")),
+    ],
+)
+def test_depth_and_kind_are_read_from_names(name: str, expected: tuple[int | None, str]) -> None:
+    assert place(name) == expected
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AptqError, match="no run folder"):
+        write_report(tmp_path)
+
+
+def test_a_damaged_table_is_told(tmp_path: Path) -> None:
+    make(tmp_path, None, reports())
+    (tmp_path / "layers.csv").write_text("name,bits\na,four\n")
+    with pytest.raises(AptqError, match=r"layers\.csv is damaged"):
+        write_report(tmp_path)

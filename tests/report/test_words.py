@@ -1,0 +1,38 @@
+"""Figures are spelled for readers."""
+
+import pytest
+
+from aptq.report import words
+
+
+@pytest.mark.parametrize(
+    ("count", "spelled"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (70_300_000, "70.3 MB"), (2e12, "2 TB")]
+)
+def test_sizes(count: float, spelled: str) -> None:
+    assert words.size(count) == spelled
+
+
+@pytest.mark.parametrize(
+    ("seconds", "spelled"), [(0.44, "0.4 s"), (12.4, "12 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")]
+)
+def test_durations(seconds: float, spelled: str) -> None:
+    assert words.duration(seconds) == spelled
+
+
+@pytest.mark.parametrize(
+    ("value", "spelled"),
+    [(None, "not finite"), (float("inf"), "not finite"), (0.0, "0.0000"), (1234.5, "1,234.50"), (2.5e-7, "2.50e-07")],
+)
+def test_figures(value: float | None, spelled: str) -> None:
+    assert words.figure(value) == spelled
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "spelled"), [(40, 50, "+25.0%"), (50, 40, "-20.0%"), (0, 3, ""), (None, 3, ""), (3, None, "")]
+)
+def test_changes(before: float | None, after: float | None, spelled: str) -> None:
+    assert words.change(before, after) == spelled
+
+
+def test_shares() -> None:
+    assert words.share(0.254) == "25%"

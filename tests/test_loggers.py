@@ -1,0 +1,125 @@
+"""Loggers write into the run folder, go on after a resume, and end as the run ended."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aptq.api import LayerReport
+from aptq.callbacks import Callbacks
+from aptq.errors import AptqError
+from aptq.loggers import LoggerCallback, csv_logger, wandb_logger
+
+METRICS = {
+    "perplexity": {"c4": 40.5, "wikitext2": None},
+    "bits": {"code": 3.5, "storage": 3.8},
+    "seconds": {"quantize": 2.0},
+    "peak_rss_bytes": 1000,
+    "versions": {"aptq": "0.1.0"},
+}
+
+
+def report(error: float) -> LayerReport:
+    return LayerReport(
+        name="a", out_features=8, in_features=4, bits=3, group_size=-1, storage_bits=3.1, tokens=9, trace=0.1,
+        predicted_cost=None, error_nearest=0.3, error=0.2, relative_error=error, damping=0.0, seconds=0.5, events="",
+    )  # fmt: skip
+
+
+def play(logger: Any, folder: Path) -> None:
+    with Callbacks([LoggerCallback([logger])]) as callbacks:
+        callbacks.on_run_start(folder=folder, config={"model": {"path": "tiny"}, "seed": 0})
+        for index in range(2):
+            callbacks.on_block_end(stage="measure", index=index, metrics={"trace": 0.5 + index})
+        callbacks.on_stage_end(stage="measure", seconds=1.0)
+        for index in range(2):
+            callbacks.on_layer_end(stage="quantize", report=report(0.1))
+            callbacks.on_layer_end(stage="quantize", report=report(0.3))
+            callbacks.on_block_end(stage="quantize", index=index, metrics={"error": 0.2})
+        callbacks.on_run_end(folder=folder, metrics=METRICS)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def test_csv_holds_the_figures_of_blocks_and_the_final_ones(tmp_path: Path) -> None:
+    play(csv_logger(save_dir=tmp_path), tmp_path)
+    assert rows(tmp_path / "csv" / "version_0" / "metrics.csv") == [
+        {"measure/trace": "0.5", "step": "0"},
+        {"measure/trace": "1.5", "step": "1"},
+        {"seconds/measure": "1.0", "step": "1"},
+        {"quantize/error": "0.2", "quantize/relative_error": "0.2", "step": "0"},
+        {"quantize/error": "0.2", "quantize/relative_error": "0.2", "step": "1"},
+        {"perplexity/c4": "40.5", "bits/code": "3.5", "bits/storage": "3.8", "peak_rss_bytes": "1000.0", "step": "2"},
+    ]
+    assert "tiny" in (tmp_path / "csv" / "version_0" / "hparams.yaml").read_text()
+
+
+def test_a_resumed_run_keeps_the_figures_of_the_first(tmp_path: Path) -> None:
+    play(csv_logger(save_dir=tmp_path), tmp_path)
+    play(csv_logger(save_dir=tmp_path), tmp_path)
+    first, second = (rows(tmp_path / "csv" / f"version_{version}" / "metrics.csv") for version in range(2))
+    assert len(first) == len(second) == 6
+
+
+def test_figures_are_on_disk_when_a_run_fails(tmp_path: Path) -> None:
+    def fail() -> None:
+        with Callbacks([LoggerCallback([csv_logger(save_dir=tmp_path)])]) as callbacks:
+            callbacks.on_block_end(stage="quantize", index=0, metrics={"error": 0.2})
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail()
+    assert rows(tmp_path / "csv" / "version_0" / "metrics.csv") == [{"quantize/error": "0.2", "step": "0"}]
+
+
+def test_loggers_are_told_how_a_run_ended() -> None:
+    class Probe:
+        def __init__(self) -> None:
+            self.status = ""
+
+        def log_hyperparams(self, params: dict[str, Any]) -> None: ...
+
+        def log_metrics(self, metrics: dict[str, float], step: int) -> None: ...
+
+        def finalize(self, status: str) -> None:
+            self.status += status
+
+    good, bad = Probe(), Probe()
+    play(good, Path("x"))
+    with pytest.raises(RuntimeError, match="boom"), Callbacks([LoggerCallback([bad])]):  # type: ignore[list-item]
+        raise RuntimeError("boom")
+    assert (good.status, bad.status) == ("success", "failed")
+
+
+def test_wandb_writes_offline_into_the_run_folder_and_keeps_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    for folder in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(folder, str(tmp_path / folder))
+    run_folder = tmp_path / "run"
+    play(wandb_logger(save_dir=run_folder, project="tests", offline=True, tags=["tiny"]), run_folder)
+    assert wandb.run is None  # finished
+    identity = (run_folder / "wandb" / "run-id.txt").read_text()
+    (stored,) = run_folder.glob(f"wandb/offline-run-*-{identity}/run-{identity}.wandb")
+    content = stored.read_bytes()
+    for text in (b"quantize/relative_error", b"perplexity/c4", b"tests"):
+        assert text in content
+    again = wandb_logger(save_dir=str(run_folder), project="tests", offline=True)
+    assert again.version == identity
+
+
+def test_wandb_writes_nothing_before_there_is_something_to_log(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    wandb_logger(save_dir=tmp_path, offline=True).finalize("failed")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_refuses_options_that_it_has_not(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    with pytest.raises(AptqError, match=r"no key 'ofline'\. Did you mean 'offline'"):
+        wandb_logger(save_dir=tmp_path, ofline=True)

@@ -1,0 +1,354 @@
+"""The conformance checks: the built-ins pass, and each broken promise is caught."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from aptq.api import Allocation, Block, Curvature, LayerStatistics, Option, QuantizedWeight
+from aptq.formats.integer import Integer, IntegerGrid
+from aptq.hessians.input import Input
+from aptq.quantizers.nearest import Nearest
+from aptq.registry import available, build
+from aptq.testing import (
+    check_allocator,
+    check_backend,
+    check_evaluator,
+    check_format,
+    check_hessian,
+    check_metric,
+    check_quantizer,
+)
+
+BUDGETS = {"uniform": 4.0, "ratio": 3.5}
+
+
+def _built_ins(kind: str) -> list[str]:
+    return [name for name, point in available(kind).items() if point.dist and point.dist.name == "aptq"]
+
+
+@pytest.mark.parametrize("name", _built_ins("format"))
+def test_built_in_formats_pass(name: str) -> None:
+    check_format(build("format", {"name": name}), bits=[2, 3, 4])
+
+
+@pytest.mark.parametrize("name", _built_ins("quantizer"))
+def test_built_in_quantizers_pass(name: str) -> None:
+    check_quantizer(build("quantizer", {"name": name}), bits=[3])
+
+
+@pytest.mark.parametrize("name", _built_ins("backend"))
+def test_built_in_backends_pass(name: str) -> None:
+    check_backend(build("backend", {"name": name}), bits=[3, 4])
+
+
+@pytest.mark.parametrize("name", _built_ins("hessian"))
+def test_built_in_estimators_pass(name: str) -> None:
+    check_hessian(build("hessian", {"name": name}))
+
+
+@pytest.mark.parametrize("name", _built_ins("metric"))
+def test_built_in_metrics_pass(name: str) -> None:
+    check_metric(build("metric", {"name": name}))
+
+
+@pytest.mark.parametrize("name", _built_ins("allocator"))
+def test_built_in_allocators_pass(name: str) -> None:
+    check_allocator(build("allocator", {"name": name}), average_bits=BUDGETS.get(name))
+
+
+# ------------------------------------------------------------------------------------------------ broken promises
+
+
+class _Broken:
+    """A format that is ``Integer`` but for what a subclass breaks."""
+
+    def __init__(self) -> None:
+        self.inner = Integer(group_size=16)
+        self.group_size = 16
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+class _AcceptsAll(_Broken):
+    def check(self, option: Option, shape: tuple[int, int]) -> None: ...
+
+
+class _Forgets(_Broken):
+    def unpack(self, tensors: Mapping[str, Tensor], option: Option, shape: tuple[int, int]) -> QuantizedWeight:
+        whole = self.inner.unpack(tensors, option, shape)
+        return QuantizedWeight(codes=whole.codes.clone().clamp(max=2), parameters=whole.parameters)
+
+
+class _Remembers(_Broken):
+    """Keeps the parameters in memory instead of storing them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Remembers:
+        return type(self)()
+
+    def pack(self, quantized: QuantizedWeight, option: Option) -> dict[str, Tensor]:
+        self.kept = quantized.parameters
+        return {"qweight": self.inner.pack(quantized, option)["qweight"]}
+
+    def packed_layout(self, option: Option, shape: tuple[int, int]) -> dict[str, Any]:
+        return {"qweight": self.inner.packed_layout(option, shape)["qweight"]}
+
+    def unpack(self, tensors: Mapping[str, Tensor], option: Option, shape: tuple[int, int]) -> QuantizedWeight:
+        codes = self.inner.unpack(
+            {**tensors, "qzeros": tensors["qweight"], "scales": torch.ones(1)}, option, shape
+        ).codes
+        return QuantizedWeight(codes=codes, parameters=getattr(self, "kept", {"scales": torch.ones(9, 9)}))
+
+
+class _Understates(_Broken):
+    def packed_layout(self, option: Option, shape: tuple[int, int]) -> dict[str, Any]:
+        layout = self.inner.packed_layout(option, shape)
+        return {**layout, "scales": ((1, 1), torch.float16)}
+
+
+class _Rescales(_Broken):
+    def dequantize(self, quantized: QuantizedWeight, option: Option) -> Tensor:
+        return self.inner.dequantize(quantized, option) * 1.0001
+
+
+class _Overwrites(_Broken):
+    def fit(self, weight: Tensor, option: Option, importance: Tensor | None = None) -> IntegerGrid:
+        grid = self.inner.fit(weight, option, importance)
+        weight.zero_()
+        return grid
+
+
+@dataclass(frozen=True, eq=False)
+class _UnorderedGrid(IntegerGrid):
+    def permuted(self, order: Tensor) -> IntegerGrid:
+        return replace(super().permuted(order), column_scale=self.column_scale, column_zero=self.column_zero)
+
+
+class _Unordered(_Broken):
+    def fit(self, weight: Tensor, option: Option, importance: Tensor | None = None) -> IntegerGrid:
+        return _UnorderedGrid(**vars(self.inner.fit(weight, option, importance)))
+
+
+@pytest.mark.parametrize(
+    ("format", "told"),
+    [
+        (_AcceptsAll(), "accepts 0 bits"),
+        (_Forgets(), r"after pack\(\) and unpack\(\)"),
+        (_Remembers(), r"pack\(\)"),
+        (_Understates(), r"packed_layout\(\) says \(1, 1\)"),
+        (_Rescales(), r"dequantize\(\) against what round\(\) gave"),
+        (_Overwrites(), r"fit\(\) changed the weight"),
+        (_Unordered(), r"permuted\(\) grid"),
+    ],
+)
+def test_a_broken_format_is_caught(format: Any, told: str) -> None:
+    with pytest.raises((AssertionError, IndexError), match=told if not isinstance(format, _Remembers) else ""):
+        check_format(format, bits=[3])
+
+
+def test_widths_that_no_option_serves_are_told() -> None:
+    with pytest.raises(AssertionError, match="9 bits with none of"):
+        check_format(Integer(), bits=[9])
+
+
+class _ChangesWeight(Nearest):
+    def quantize(self, weight: Tensor, *rest: Any) -> QuantizedWeight:
+        quantized = super().quantize(weight, *rest)
+        weight.mul_(0.5)
+        return quantized
+
+
+class _UsesUpFactors(Nearest):
+    def quantize(self, weight: Tensor, factors: Any, *rest: Any) -> QuantizedWeight:
+        shrunk = weight / (1 + getattr(factors, "used", 0))
+        object.__setattr__(factors, "used", 1)
+        return super().quantize(shrunk, factors, *rest)
+
+
+class _ChangesCurvature(Nearest):
+    def prepare(self, curvature: Curvature) -> Any:
+        curvature.column.add_(1)
+        return super().prepare(curvature)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "told"),
+    [
+        (_ChangesWeight(), r"quantize\(\) changed the weight"),
+        (_UsesUpFactors(), "factors .*used"),
+        (_ChangesCurvature(), r"prepare\(\) changed the curvature"),
+    ],
+)
+def test_a_broken_quantizer_is_caught(quantizer: Any, told: str) -> None:
+    with pytest.raises(AssertionError, match=told):
+        check_quantizer(quantizer, bits=[4])
+
+
+class _Backend:
+    priority = 1
+
+    def __init__(self, reason: str | None = None, error: float = 0.0) -> None:
+        self.reason, self.error = reason, error
+
+    def refuses(self, spec: Any) -> str | None:
+        return self.reason
+
+    def prepack(self, tensors: Mapping[str, Tensor], spec: Any) -> dict[str, Tensor]:
+        shape = (spec.out_features, spec.in_features)
+        return {"weight": spec.format.dequantize(spec.format.unpack(tensors, spec.option, shape), spec.option)}
+
+    def matmul(self, x: Tensor, tensors: Mapping[str, Tensor], spec: Any) -> Tensor:
+        return (x.float() @ tensors["weight"].T * (1 + self.error)).to(x.dtype)
+
+
+def test_backends_are_measured() -> None:
+    check_backend(_Backend(), bits=[4])
+    with pytest.raises(AssertionError, match=r"matmul\(\) of x .* is off by"):
+        check_backend(_Backend(error=0.01), bits=[4])
+    with pytest.raises(AssertionError, match="refuses every layer.*no such device"):
+        check_backend(_Backend(reason="no such device"), bits=[4])
+
+
+class _LeavesHooks:
+    def observe(self, block: Block) -> Any:
+        for layer in block.layers.values():
+            layer.module.register_forward_pre_hook(lambda module, args: None)
+        return Input().observe(block)
+
+
+class _ChangesOutput:
+    @contextmanager
+    def observe(self, block: Block) -> Iterator[Any]:
+        with Input().observe(block) as observer:
+
+            class Changed:
+                sums = observer.sums
+
+                def __call__(self, inputs: Any) -> Tensor:
+                    return observer(inputs) * 1.001
+
+            yield Changed()
+
+
+class _AveragesBatches:
+    """Normalises in each batch, so that the split decides the result."""
+
+    @contextmanager
+    def observe(self, block: Block) -> Iterator[Any]:
+        with Input().observe(block) as observer:
+
+            class Averaging:
+                batches = 0
+
+                def __call__(self, inputs: Any) -> Tensor:
+                    self.batches += 1
+                    return observer(inputs)
+
+                def sums(self) -> Any:
+                    shared = observer.sums()
+                    for total in {id(each): each for each in shared.values()}.values():
+                        total.column.div_(self.batches)
+                    return shared
+
+            yield Averaging()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "told"),
+    [
+        (_LeavesHooks(), "leaves hooks"),
+        (_ChangesOutput(), "output under observation"),
+        (_AveragesBatches(), "samples one by one"),
+    ],
+)
+def test_a_broken_estimator_is_caught(estimator: Any, told: str) -> None:
+    with pytest.raises(AssertionError, match=told):
+        check_hessian(estimator)
+
+
+@dataclass(frozen=True)
+class _Metric:
+    sign: float = 1.0
+    needs_errors: bool = False
+
+    def cost(self, layer: LayerStatistics, option: Option) -> float:
+        return self.sign * layer.trace
+
+
+def test_metrics_are_checked() -> None:
+    check_metric(_Metric())
+    with pytest.raises(AssertionError, match="twice the curvature"):
+        check_metric(_Metric(sign=-1.0))
+    with pytest.raises(AssertionError, match="no finite number"):
+        check_metric(_Metric(sign=float("nan")))
+
+
+class _Allocator:
+    needs_costs = True
+
+    def __init__(self, fault: str = "") -> None:
+        self.fault = fault
+
+    def bit_options(self) -> tuple[int, ...]:
+        return (2, 4)
+
+    def allocate(self, problem: Allocation) -> dict[str, Option]:
+        plan = dict.fromkeys(problem.shapes, problem.options[0])
+        name = next(iter(plan))
+        if self.fault == "misses":
+            del plan[name]
+        elif self.fault == "invents":
+            plan[name] = Option(bits=3, group_size=64)
+        elif self.fault == "changes":
+            problem.costs[name].clear()  # type: ignore[attr-defined]
+        elif self.fault == "overspends":
+            plan = dict.fromkeys(plan, problem.options[1])
+        return plan
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("misses", "leaves out"),
+        ("invents", "none of"),
+        ("changes", "changed the problem"),
+        ("overspends", "3.0 are allowed"),
+    ],
+)
+def test_a_broken_allocator_is_caught(fault: str, told: str) -> None:
+    check_allocator(_Allocator(), average_bits=3.0)
+    with pytest.raises(AssertionError, match=told):
+        check_allocator(_Allocator(fault), average_bits=3.0)
+
+
+class _Evaluator:
+    def __init__(self, value: float = 1.0, *, trains: bool = False) -> None:
+        self.value, self.trains = value, trains
+
+    def evaluate(self, model: Any, texts: Any, progress: Any) -> dict[str, dict[str, float]]:
+        model.train(self.trains)
+        for text in texts:
+            progress(text.name, 1.0)
+        return {"loss": {text.name: self.value for text in texts}}
+
+
+def test_evaluators_are_checked() -> None:
+    class Model(torch.nn.Linear):
+        class config:
+            vocab_size = 10
+
+    model: Any = Model(2, 2).eval()
+    check_evaluator(_Evaluator(), model)
+    with pytest.raises(AssertionError, match="loss of a is nan"):
+        check_evaluator(_Evaluator(float("nan")), model)
+    with pytest.raises(AssertionError, match="another state"):
+        check_evaluator(_Evaluator(trains=True), model)
