@@ -55,12 +55,15 @@ def _escaped(text: str) -> str:
 
 
 def _run(config: DictConfig) -> None:
+    import transformers  # heavy: only once a config is composed
+
     logging.captureWarnings(True)
     logging.basicConfig(
         level=logging.INFO, format="%(message)s", datefmt="[%X]", handlers=[_console_handler()], force=True
     )
     for noisy in ("httpx", "urllib3", "filelock", "fsspec", "matplotlib", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()  # ours tells more
     tasks: dict[str, Callable[[DictConfig], Any]] = {
         "quantize": _quantize,
         "evaluate": _evaluate,

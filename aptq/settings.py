@@ -1,4 +1,4 @@
-"""The fixed sections of a config, as typed data. Components have their own dataclasses; these have no choice of class."""
+"""The fixed sections of a config, as typed data; components have dataclasses of their own."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def verify(folder: Path, walk: Walk, backend: str) -> float:
     difference = ((loaded - expected).abs().max() / expected.abs().max()).item()
     if not difference <= _TOLERANCE.get(model.dtype, 1e-1):
         raise AptqError(
-            f"The written model does not agree with the one in memory: logits differ by {difference:.2g} of the largest. "
+            f"The written model disagrees with the one in memory: logits differ by {difference:.2g} of the largest. "
             "This is a fault of the exporter, the format or the backend; the blocks are kept in the run folder."
         )
     _log.info("The written model loads and agrees with the one in memory (largest difference %.1e).", difference)

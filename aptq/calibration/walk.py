@@ -8,7 +8,7 @@ to the device one at a time, each fed with what the block before made of the cal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional (after the hidden s
 class Step:
     """One block of the walk: its weights on the device and this rank's inputs to it.
 
-    Whoever takes the step may change the block's weights and must leave ``outputs`` behind, by :meth:`run` or otherwise.
+    Whoever takes the step may change the block's weights and must leave ``outputs`` behind, by :meth:`run`.
     """
 
     block: Block
@@ -101,11 +101,8 @@ class Walk:
     def _probe(self) -> bool:
         """Learn from a real call whether blocks return a tuple or the hidden states alone."""
         record, first = _Recording(), self._modules()[0]
-        with _stand_ins([first], record, stop=True), torch.no_grad():
-            try:
-                self.source.model.base_model(input_ids=self._batches[0][:1], use_cache=False)
-            except _Reached:
-                pass
+        with _stand_ins([first], record, stop=True), torch.no_grad(), suppress(_Reached):
+            self.source.model.base_model(input_ids=self._batches[0][:1], use_cache=False)
         block = self.source.load_block(0, self.fabric.device)
         args, kwargs = self._to_device(record.calls[0])
         with torch.no_grad():

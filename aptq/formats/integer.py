@@ -83,7 +83,7 @@ class Integer:
         return scale, torch.round(-low / scale).clamp(0, levels)
 
     def _search(
-        self, groups: list[Tensor], importance: list[Tensor] | None, low: Tensor, high: Tensor, bits: int
+        self, groups: list[Tensor], weights: list[Tensor] | None, low: Tensor, high: Tensor, bits: int
     ) -> tuple[Tensor, Tensor]:
         """Return the scale and zero of the shrunken range with the least (weighted) squared error in each group."""
         best_scale, best_zero = self._grid(low, high, bits)
@@ -95,9 +95,7 @@ class Integer:
             for g, group in enumerate(groups):
                 _, value = _round(group, scale[:, g, :, None], zero[:, g, :, None], bits)
                 square = (value - group).square_()
-                error[:, g] = (
-                    square.sum(-1) if importance is None else (square @ importance[g].unsqueeze(-1)).squeeze(-1)
-                )
+                error[:, g] = (square if weights is None else square * weights[g].unsqueeze(1)).sum(-1)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_scale = torch.where(better, scale, best_scale)
@@ -117,7 +115,7 @@ class Integer:
     def pack(self, quantized: QuantizedWeight, option: Option) -> dict[str, Tensor]:
         """Return ``qweight`` (planar32), ``scales [groups, out]`` and, unless symmetric, ``qzeros``.
 
-        Zeros ``[groups, out]`` are packed like a weight with ``groups`` outputs: int32 ``[ceil(out/32), bits, groups]``.
+        Zeros ``[groups, out]`` are packed as a weight of ``groups`` outputs: int32 ``[ceil(out/32), bits, groups]``.
         """
         tensors = {
             "qweight": packing.pack(quantized.codes, option.bits),

@@ -100,7 +100,7 @@ def _round_columns(columns: Tensor, upper: Tensor, grid: Grid, block_size: int) 
 
 
 def inverse_factor(hessian: Tensor, damping: float, max_damping: float) -> tuple[Tensor, float, tuple[str, ...]]:
-    """Return upper triangular ``U`` with ``U^T U = (H + d I)^-1`` for ``H [heads, n, n]``, the damping used, and events.
+    """Return upper triangular ``U`` with ``U^T U = (H + d I)^-1`` for ``H [heads, n, n]``, the damping, and events.
 
     With ``J`` the reversal of order, ``J H J = L L^T`` gives ``H = R R^T`` with ``R = J L J`` upper triangular, hence
     ``U = R^-1``: one factorization and one triangular inverse, and no explicit ``H^-1``. ``d`` is ``damping`` times the

@@ -1,0 +1,38 @@
+"""Owners, and the arithmetic of sums."""
+
+import torch
+from lightning.fabric import Fabric
+
+from aptq.api import CurvatureSum
+from aptq.calibration.distribute import assign_owners, broadcast_tensors, reduce_to_owners
+
+
+def _sum(width: int, value: float = 1.0) -> CurvatureSum:
+    return CurvatureSum(column=value * torch.eye(width)[None], tokens=10)
+
+
+def test_layers_that_share_a_sum_have_one_owner() -> None:
+    shared = _sum(8)
+    owners = assign_owners({"q": shared, "k": shared, "v": shared, "o": _sum(8)}, 2)
+    assert owners["q"] == owners["k"] == owners["v"] != owners["o"]
+
+
+def test_load_is_balanced_by_the_cube_of_the_width() -> None:
+    sums = {"down": _sum(16), **{f"small{i}": _sum(8) for i in range(8)}}
+    owners = assign_owners(sums, 2)
+    other = 1 - owners["down"]
+    assert all(owners[f"small{i}"] == other for i in range(8)), "eight small ones weigh as much as the large one"
+
+
+def test_sums_become_means_per_token_of_the_block() -> None:
+    shared = _sum(4, value=6.0)
+    curvatures = reduce_to_owners({"a": shared, "b": shared}, {"a": 0, "b": 0}, 3, Fabric(accelerator="cpu", devices=1))
+    assert curvatures["a"] is curvatures["b"], "what was shared is factorized once"
+    assert torch.equal(curvatures["a"].column[0], 2 * torch.eye(4))
+    assert curvatures["a"].tokens == 10
+
+
+def test_one_rank_keeps_its_tensors() -> None:
+    tensors = {"codes": torch.arange(4)}
+    fabric = Fabric(accelerator="cpu", devices=1)
+    assert torch.equal(broadcast_tensors(tensors, {"codes": ((4,), torch.int64)}, 0, fabric)["codes"], torch.arange(4))

@@ -1,0 +1,170 @@
+"""The two passes over a tiny model."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from aptq.api import Callback, LayerReport, LayerStatistics, Option
+from aptq.calibration.measure import measure
+from aptq.calibration.quantize import Recipe, quantize
+from aptq.calibration.statistics import StatisticsCache, content_key
+from aptq.calibration.walk import Step, Walk
+from aptq.formats.integer import Integer
+from aptq.hessians.input import Input
+from aptq.models import open_model
+from aptq.quantizers.gptq import GPTQ
+from aptq.quantizers.nearest import Nearest
+from aptq.settings import ModelSettings
+
+OPTIONS = (Option(2, 32), Option(4, 32))
+Folder = Callable[..., Path]
+
+
+def _walk(folder: Path) -> Walk:
+    samples = torch.randint(4, 260, (4, 64), generator=torch.Generator().manual_seed(0))
+    return Walk(open_model(ModelSettings(path=str(folder))), samples, 2, Fabric(accelerator="cpu", devices=1))
+
+
+def _measure(walk: Walk, cache: StatisticsCache, rounding: bool = True) -> dict[str, LayerStatistics]:
+    return measure(
+        walk,
+        Input(),
+        layers=list(walk.source.layer_shapes()),
+        rounding=(GPTQ(), Integer(), OPTIONS) if rounding else None,
+        cache=cache,
+        callbacks=Callback(),
+    )
+
+
+class _Memory:
+    """A block store without a disk."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, tuple[dict[str, Tensor], list[LayerReport]]] = {}
+
+    def block_done(self, index: int) -> bool:
+        return index in self.blocks
+
+    def save_block(self, index: int, tensors: dict[str, Tensor], reports: list[LayerReport]) -> None:
+        self.blocks[index] = (tensors, reports)
+
+    def load_block(self, index: int) -> tuple[dict[str, Tensor], list[LayerReport]]:
+        return self.blocks[index]
+
+
+def _recipe(walk: Walk, bits: Mapping[str, int] | int = 3, quantizer: GPTQ | Nearest | None = None) -> Recipe:
+    names = walk.source.layer_shapes()
+    chosen = dict.fromkeys(names, bits) if isinstance(bits, int) else bits
+    plan = {name: Option(each, 32) for name, each in chosen.items()}
+    return Recipe(estimator=Input(), quantizer=quantizer or GPTQ(), format=Integer(), plan=plan, costs={})
+
+
+def _same(a: _Memory, b: _Memory) -> bool:
+    return a.blocks.keys() == b.blocks.keys() and all(
+        torch.equal(tensor, b.blocks[index][0][name])
+        for index, (tensors, _) in a.blocks.items()
+        for name, tensor in tensors.items()
+    )
+
+
+def test_statistics_cover_all_layers_and_more_bits_cost_less(tiny_model_folder: Folder, tmp_path: Path) -> None:
+    walk = _walk(tiny_model_folder())
+    statistics = _measure(walk, StatisticsCache(tmp_path, "key"))
+    assert list(statistics) == list(walk.source.layer_shapes())
+    for entry in statistics.values():
+        assert entry.trace > 0
+        assert 0 < entry.errors[OPTIONS[1]] < entry.errors[OPTIONS[0]]
+        assert entry.tokens == 256
+
+
+def test_cached_statistics_need_no_walk(
+    tiny_model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walk, cache = _walk(tiny_model_folder()), StatisticsCache(tmp_path, "key")
+    first = _measure(walk, cache)
+    monkeypatch.setattr(walk, "steps", lambda: pytest.fail("the model was walked again"))
+    assert _measure(walk, cache) == first
+
+
+def test_an_interrupted_pass_goes_on(tiny_model_folder: Folder, tmp_path: Path) -> None:
+    cache = StatisticsCache(tmp_path, "key")
+    whole = _measure(_walk(tiny_model_folder()), cache)
+    (tmp_path / "key" / "0001.json").unlink()
+    (tmp_path / "key" / "0002.json").write_text('[{"name": "cut o')
+    assert _measure(_walk(tiny_model_folder()), cache) == whole
+
+
+def test_content_keys_tell_parts_apart() -> None:
+    assert content_key({"a": 1, "b": [2]}) == content_key({"b": [2], "a": 1}) != content_key({"a": 1, "b": [3]})
+
+
+def test_quantize_reports_every_layer_and_beats_nearest(tiny_model_folder: Folder) -> None:
+    walk, store = _walk(tiny_model_folder()), _Memory()
+    reports = quantize(walk, _recipe(walk), store, Callback())
+    assert [report.name for report in reports] == list(walk.source.layer_shapes())
+    assert all(report.error < report.error_nearest for report in reports)
+    assert all(report.storage_bits == pytest.approx(3 + 19 / 32, rel=0.2) for report in reports)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_resuming_gives_the_same_bits(family: str, done: int, tiny_model_folder: Folder) -> None:
+    walk, whole = _walk(tiny_model_folder(family)), _Memory()
+    quantize(walk, _recipe(walk), whole, Callback())
+    logits = walk.logits()
+    again, resumed = _walk(tiny_model_folder(family)), _Memory()
+    resumed.blocks = {index: whole.blocks[index] for index in range(done)}
+    quantize(again, _recipe(again), resumed, Callback())
+    assert _same(whole, resumed)
+    assert torch.equal(again.logits(), logits)
+
+
+def test_later_blocks_see_the_quantized_prefix(tiny_model_folder: Folder) -> None:
+    """Fewer bits in block 0 change what block 2 is calibrated on; fewer bits in block 2 leave block 0 alone."""
+    folder, stores = tiny_model_folder(), []
+    for low in (None, "layers.0.", "layers.2."):
+        walk, store = _walk(folder), _Memory()
+        names = walk.source.layer_shapes()
+        bits = {name: 2 if low is not None and low in name else 4 for name in names}
+        quantize(walk, _recipe(walk, bits), store, Callback())
+        stores.append(store)
+    base, early, late = stores
+    assert base.blocks[2][1][0].trace != early.blocks[2][1][0].trace
+    assert base.blocks[0][1] == [
+        _without_time(new, old) for new, old in zip(late.blocks[0][1], base.blocks[0][1], strict=True)
+    ]
+
+
+def _without_time(report: LayerReport, like: LayerReport) -> LayerReport:
+    return LayerReport(**{**vars(report), "seconds": like.seconds})
+
+
+def test_layers_outside_the_plan_stay_as_they_are(tiny_model_folder: Folder) -> None:
+    walk, store = _walk(tiny_model_folder()), _Memory()
+    some = [name for name in walk.source.layer_shapes() if "mlp" in name]
+    quantize(walk, _recipe(walk, dict.fromkeys(some, 3)), store, Callback())
+    stored = {name.rpartition(".")[0] for tensors, _ in store.blocks.values() for name in tensors}
+    assert stored == set(some)
+
+
+def test_experts_that_no_token_reaches_are_rounded_to_nearest(
+    tiny_model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walk, store = _walk(tiny_model_folder("mixtral")), _Memory()
+    steps = walk.steps
+
+    def starved() -> Iterator[Step]:
+        for step in steps():
+            router = step.block.module.mlp.gate  # type: ignore[union-attr]
+            router.weight.data.zero_()  # ties go to the first experts: the last ones starve
+            yield step
+
+    monkeypatch.setattr(walk, "steps", starved)
+    reports = quantize(walk, _recipe(walk), store, Callback())
+    starving = [report for report in reports if report.tokens == 0]
+    assert starving
+    assert all(report.error == 0.0 for report in starving)
