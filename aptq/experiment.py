@@ -16,11 +16,11 @@ from aptq.data import check_data, evaluation_texts
 from aptq.errors import AptqError
 from aptq.files import new_folder
 from aptq.finished import job_of, open_for_use
-from aptq.loggers import LoggerCallback
 from aptq.pipeline import Experiment, quantize_model
 from aptq.run import Run
 from aptq.settings import DataSettings, ModelSettings, RunSettings
 from aptq.targets import get_target
+from aptq.tracking import LoggerCallback
 
 
 def quantize(config: DictConfig | Sequence[str] = ()) -> Run:
@@ -114,7 +114,7 @@ def evaluate(config: DictConfig | Sequence[str]) -> dict[str, dict[str, float]]:
     plain: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
     data = to_settings(DataSettings, plain["data"], "data")
     evaluator = registry.build("evaluator", plain["evaluator"])
-    check_data(data, evaluate=True)
+    check_data(data, calibrate=False, evaluate=True)
     fabric = launch(plain)
     model, tokenizer = open_for_use(to_settings(ModelSettings, plain["model"], "model"), _backend(plain["backend"]))
     texts = evaluation_texts(data, tokenizer, getattr(evaluator, "max_tokens", None))
@@ -122,7 +122,7 @@ def evaluate(config: DictConfig | Sequence[str]) -> dict[str, dict[str, float]]:
     with build_callbacks(plain, fabric) as callbacks:
         callbacks.on_stage_start(stage="evaluate", total=len(names), unit="text")
         measures: dict[str, dict[str, float]] = evaluator.evaluate(
-            model.to(fabric.device),
+            model.to(fabric.device),  # type: ignore[arg-type]  # transformers hides the signature
             texts,
             lambda name, share: callbacks.on_advance(stage="evaluate", done=names.index(name) + share, detail=name),
         )

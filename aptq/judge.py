@@ -73,7 +73,7 @@ class Judge:
         device: torch.device,
         index: int,
     ) -> tuple[dict[str, dict[str, float]], list[str]]:
-        model = load().to(device)
+        model = load().to(device)  # type: ignore[arg-type]  # transformers hides the signature
         who = ("quantized model", "original model")[index]
 
         def progress(name: str, share: float) -> None:
@@ -91,15 +91,14 @@ class Judge:
     def _continue(self, model: PreTrainedModel, prompt: torch.Tensor) -> str:
         ids = prompt[None].to(model.device)
         with torch.no_grad():
-            output = model.generate(
+            output = model.generate(  # type: ignore[operator]
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=_CONTINUATION,
                 do_sample=False,
                 pad_token_id=self.tokenizer.eos_token_id or 0,
             )
-        text: str = self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        return text
+        return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 def _prompts(texts: Sequence[EvaluationText], number: int) -> list[torch.Tensor]:

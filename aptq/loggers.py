@@ -18,10 +18,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from aptq.errors import AptqError
 from aptq.files import write_text
-from aptq.tracking import LoggerCallback
 from aptq.typed import nearest
 
-__all__ = ["LoggerCallback", "csv_logger", "wandb_logger"]
+__all__ = ["csv_logger", "wandb_logger"]
 
 
 def csv_logger(*, save_dir: str | Path, prefix: str = "") -> Logger:

@@ -66,7 +66,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     fields = _fields(bits)
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
         raise ValueError(f"Codes must lie in [0, {(1 << bits) - 1}]; got [{int(codes.min())}, {int(codes.max())}].")
-    units, _, out_features = packed_shape(*codes.shape, bits)  # type: ignore[misc]
+    units, _, out_features = packed_shape(codes.shape[0], codes.shape[1], bits)
     padded = torch.zeros(units * UNIT, out_features, dtype=torch.int32, device=codes.device)
     padded[: codes.shape[1]] = codes.T
     by_unit = padded.view(units, UNIT, out_features)

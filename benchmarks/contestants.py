@@ -158,7 +158,7 @@ def aptq_command(folder: Path, settings: Mapping[str, Any], choices: Sequence[st
         settings: values by key; quoted for Hydra's grammar here.
         choices: further overrides, passed on as they are.
     """
-    fixed = ["fabric=cpu", "hessian=input", "quantizer=gptq", "allocator=uniform", "format=integer", "~evaluator"]
+    fixed = ["fabric=cpu", "hessian=input", "quantizer=gptq", "allocator=uniform", "format=integer", "evaluator=none"]
     values = {"run.dir": folder / "run", "cache_dir": folder / "cache", "format.symmetric": False, **settings}
     return [
         *(sys.executable, "-m", "aptq", *fixed),

@@ -66,7 +66,7 @@ def quantize(walk: Walk, recipe: Recipe, store: BlockStore, callbacks: Callback)
     for step in walk.steps():
         index = step.block.index
         callbacks.on_advance(stage=STAGE, done=index, detail=step.block.name)
-        if store.block_done(index):
+        if walk.fabric.broadcast(store.block_done(index)):
             tensors, rows = store.load_block(index)
             _restore(step.block, recipe, tensors, walk.fabric.device)
         else:
@@ -115,7 +115,7 @@ def _quantize_block(
         tensors = broadcast_tensors(packed.pop(name, None), layout, owners[name], fabric)
         _set_from_packed(layer, tensors, recipe.format, option)
         stored.update((f"{name}.{key}", tensor.cpu()) for key, tensor in tensors.items())
-        report = fabric.broadcast(rows.get(name), src=owners[name]) if fabric.world_size > 1 else rows[name]
+        report: LayerReport = fabric.broadcast(rows.get(name), src=owners[name])  # type: ignore[assignment]
         callbacks.on_layer_end(stage=STAGE, report=report)
         reports.append(report)
     if fabric.global_rank == 0:

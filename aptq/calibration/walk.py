@@ -94,6 +94,8 @@ class Walk:
             record = _Recording()
             with _stand_ins(self._modules(), record, self._returns_tuple), torch.no_grad():
                 self.source.model.base_model(input_ids=batch, use_cache=False)
+            if record.hidden is None:
+                raise RuntimeError(f"{self.source.block_names[0]} is not called by the model's forward pass")
             self._calls.setdefault(tuple(batch.shape), [self._to_device(call) for call in record.calls])
             hidden.append(self.fabric.to_device(record.hidden))
         return hidden
@@ -126,7 +128,8 @@ class Walk:
     @property
     def first_batch(self) -> Tensor:
         """Token ids of the first batch ``[batch, tokens]``."""
-        return self._batches[0]
+        first: Tensor = self._batches[0]
+        return first
 
 
 @dataclass(eq=False)

@@ -23,11 +23,12 @@ SOURCES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def check_data(settings: DataSettings, *, evaluate: bool) -> None:
+def check_data(settings: DataSettings, *, calibrate: bool = True, evaluate: bool) -> None:
     """Check, before a model is loaded, that the text can be read.
 
     Args:
         settings: what to read.
+        calibrate: whether calibration text is needed.
         evaluate: whether evaluation texts are needed too.
 
     Raises:
@@ -40,9 +41,10 @@ def check_data(settings: DataSettings, *, evaluate: bool) -> None:
         if value < 1:
             raise AptqError(f"data.{name}={value} is not positive. Allowed: whole numbers from 1 on.")
     if settings.source == "text":
-        _check_files(settings, evaluate=evaluate)
+        _check_files(settings, calibrate=calibrate, evaluate=evaluate)
     elif settings.source == "hub":
-        check_hub(settings.hub, "data.hub")
+        if calibrate:
+            check_hub(settings.hub, "data.hub")
         if evaluate:
             if not settings.evaluation_hub:
                 raise AptqError(
@@ -90,10 +92,12 @@ def _check_source(settings: DataSettings) -> None:
             )
 
 
-def _check_files(settings: DataSettings, *, evaluate: bool) -> None:
-    if settings.path is None:
-        raise AptqError("data.path is not set. Say which text to calibrate on: data.path=FILE_OR_GLOB.")
-    calibration = find_files(settings.path, "data.path")
+def _check_files(settings: DataSettings, *, calibrate: bool, evaluate: bool) -> None:
+    calibration: list[Path] = []
+    if calibrate:
+        if settings.path is None:
+            raise AptqError("data.path is not set. Say which text to calibrate on: data.path=FILE_OR_GLOB.")
+        calibration = find_files(settings.path, "data.path")
     evaluation: list[Path] = []
     if evaluate:
         if settings.evaluation_path is None:
