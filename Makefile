@@ -42,7 +42,12 @@ lint: $(STAMP)
 	$(BIN)/mypy $(PACKAGES)
 
 benchmark: $(STAMP)
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/scaling.py
+ifdef CALIBRATION
+	$(BIN)/python benchmarks/gptq_peers.py --model smollm2 --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+else
+	@echo 'For the comparison with peers: make benchmark CALIBRATION=c4.jsonl EVALUATION="c4=a.jsonl wikitext2=b.txt"'
+endif
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -230,7 +230,7 @@ def _measure(
         "rounding": [experiment.config["quantizer"], experiment.config["format"], options] if rounding else None,
     }
     cache = StatisticsCache(experiment.cache_dir / "statistics", content_key(parts))
-    with stages(MEASURE, len(source.block_names), "block"):
+    with stages(MEASURE, source.num_steps, "block"):
         return measure(
             walk,
             experiment.estimator,
@@ -248,7 +248,7 @@ def samples_key(walk: Walk) -> str:
 
 def _quantize(experiment: Experiment, walk: Walk, run: Run, stages: Stages, plan: Plan) -> list[LayerReport]:
     """Run pass 2 and write the model, unless both were done before the run was interrupted."""
-    blocks = len(walk.source.block_names)
+    blocks = walk.source.num_steps
     if run.model_folder.is_dir() and all(run.block_done(index) for index in range(blocks)):
         return [report for index in range(blocks) for report in run.load_block(index)[1]]
     recipe = Recipe(

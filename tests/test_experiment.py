@@ -80,6 +80,17 @@ def test_the_main_job(family: str, overrides: Callable[..., list[str]]) -> None:
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False).shape == (1, 7)
 
 
+@pytest.mark.parametrize("family", ["llama", "llama_untied"])
+def test_the_head_is_quantized_when_asked(family: str, overrides: Callable[..., list[str]]) -> None:
+    run = aptq.quantize(overrides("model.quantize_head=true", "allocator=uniform", family=family))
+    assert run.layers()[-1].name == "lm_head"
+    tensors = _tensors(run.folder)
+    assert "lm_head.qweight" in tensors
+    assert "model.embed_tokens.weight" in tensors, "the embedding stays in full precision"
+    metrics = run.metrics()
+    assert metrics["perplexity"]["fox"] == pytest.approx(metrics["baseline_perplexity"]["fox"], rel=0.2)
+
+
 def test_a_plan_can_be_edited_and_run_again(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     aptq.quantize(overrides("evaluator=none", folder="first"))
     path = tmp_path / "first" / "plan.json"

@@ -38,7 +38,7 @@ def measure(
     ``rounding`` fills ``errors`` at each of its options; None leaves them empty. Blocks whose statistics are cached
     are run but not observed, and when all are, the model is not walked at all.
     """
-    num_blocks = len(walk.source.block_names)
+    num_blocks = walk.source.num_steps
     cached = [cache.load(index) for index in range(num_blocks)]
     if all(rows is not None for rows in cached):
         return {entry.name: entry for rows in cached if rows is not None for entry in rows}

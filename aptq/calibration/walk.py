@@ -35,10 +35,15 @@ class Step:
     block: Block
     inputs: Sequence[BlockInputs]
     outputs: list[Tensor] = field(default_factory=list)
+    last: bool = False  # nothing follows (the head): outputs, which are logits, are not kept
 
     def run(self, call: Callable[[BlockInputs], Tensor] | None = None) -> None:
         """Run the block on every batch (through an observer, where one is given) and keep its outputs."""
         with torch.no_grad():
+            if self.last:
+                for batch in self.inputs if call else ():
+                    call(batch)  # type: ignore[misc]  # mypy does not see the condition
+                return
             self.outputs = [call(batch) if call else batch.run(self.block.module) for batch in self.inputs]
 
     @property
@@ -79,6 +84,30 @@ class Walk:
                     "model.dtype=bfloat16 or float32; otherwise look at its weights, or at a damping that is too small."
                 )
         self.last_hidden = hidden
+        if self.source.head_name is not None:
+            yield Step(block=self.source.load_head(), inputs=self._head_inputs(self.source.head_name), last=True)
+
+    def _head_inputs(self, name: str) -> list[BlockInputs]:
+        """Run what lies between the last block and the head; one sample each, since its outputs are wide."""
+        caught: list[BlockInputs] = []
+
+        def catch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            caught.extend(BlockInputs(hidden=sample, args=(), kwargs={}) for sample in args[0].split(1))
+            raise _Reached
+
+        handle = self.source.model.get_submodule(name).register_forward_pre_hook(catch)
+        try:
+            for batch, hidden in zip(self._batches, self.last_hidden, strict=True):
+                with suppress(_Reached):
+                    self._run_around(batch, hidden)
+        finally:
+            handle.remove()
+        return caught
+
+    def _run_around(self, batch: Tensor, hidden: Tensor) -> Any:
+        """Run the model on a batch with ``hidden`` as what its blocks make of it."""
+        with _stand_ins(self._modules(), _Recording(), self._returns_tuple, final=hidden), torch.no_grad():
+            return self.source.model(input_ids=batch, use_cache=False)
 
     def _inputs(self, index: int, tokens: Tensor, hidden: Tensor) -> BlockInputs:
         args, kwargs = self._calls[tuple(tokens.shape)][index]
@@ -121,8 +150,7 @@ class Walk:
 
     def logits(self) -> Tensor:
         """Return the logits ``[batch, tokens, vocabulary]`` of the first batch after the whole walk, on the CPU."""
-        with _stand_ins(self._modules(), _Recording(), self._returns_tuple, final=self.last_hidden[0]), torch.no_grad():
-            logits: Tensor = self.source.model(input_ids=self._batches[0], use_cache=False).logits
+        logits: Tensor = self._run_around(self._batches[0], self.last_hidden[0]).logits
         return logits
 
     @property

@@ -18,7 +18,7 @@ from aptq.api import Block, Layer
 from aptq.errors import AptqError
 from aptq.models.load import ModelFiles, find_files, load_config
 from aptq.models.opening import Opened, assign, from_pretrained, open_resident, open_streamed
-from aptq.models.structure import apply_skip, find_blocks, find_layers, linear_names
+from aptq.models.structure import LinearLayer, apply_skip, find_blocks, find_layers, linear_names
 from aptq.settings import ModelSettings
 
 __all__ = ["ModelSource", "open_model"]
@@ -54,6 +54,7 @@ class ModelSource:
         blocks = find_blocks(self.model)
         self.block_names = tuple(blocks)
         self._blocks = tuple(blocks.values())
+        self._head = self._find_head() if settings.quantize_head else None
         self._layers = self._name_layers(blocks)
 
     def _name_layers(self, blocks: Mapping[str, nn.Module]) -> dict[str, dict[str, Layer]]:
@@ -61,11 +62,42 @@ class ModelSource:
         layers = {name: layer for found in of_block.values() for name, layer in found.items()}
         if not layers:
             raise AptqError(f"{self._settings.path}: no linear layers found in the blocks, so nothing can be quantized")
+        if self._head is not None:
+            of_block[self._head.name] = {self._head.name: self._head}
+            layers[self._head.name] = self._head
         others = [name for name in linear_names(self.model) if name not in layers]
         kept = apply_skip(layers, others, self._settings.skip)
         return {
             block: {name: layer for name, layer in found.items() if name in kept} for block, found in of_block.items()
         }
+
+    def _find_head(self) -> LinearLayer:
+        head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        names = {module: name for name, module in self.model.named_modules()}
+        if not isinstance(head, nn.Linear) or head not in names:
+            raise AptqError(
+                f"model.quantize_head: {type(self.model).__name__} has no linear head; leave model.quantize_head out"
+            )
+        self._head_weight = head.weight  # of the embedding too, where they are tied
+        return LinearLayer(names[head], head)
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps a walk takes: one a block, and one for the head where it is to be quantized."""
+        return len(self.block_names) + (self._head is not None)
+
+    @property
+    def head_name(self) -> str | None:
+        """Name of the head, when it is to be quantized."""
+        return None if self._head is None else self._head.name
+
+    def load_head(self) -> Block:
+        """Return the head as the last block, with a weight of its own: a tied embedding stays as it is."""
+        if self._head is None:
+            raise RuntimeError("the head is not to be quantized")
+        name = self._head.name
+        self._head.module.weight = nn.Parameter(self._head_weight.detach().clone(), requires_grad=False)
+        return Block(index=len(self.block_names), name=name, module=self._head.module, layers=self._layers[name])
 
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
         """Return ``(out, in)`` of every layer to quantize, by full name, in the order of the model."""
@@ -110,7 +142,7 @@ class ModelSource:
         weights = {f"{name}.weight" for name in self.layer_shapes()}
         blocks = tuple(f"{name}." for name in self.block_names)
         for name, tensor in self.model.state_dict().items():
-            if not name.startswith(blocks) and name not in self._tied:
+            if not name.startswith(blocks) and name not in self._tied | weights:
                 yield name, tensor
         for block, module in zip(self.block_names, self._blocks, strict=True):
             kept = self._kept(block, module)
