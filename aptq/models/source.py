@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from aptq.api import Block, Layer
 from aptq.errors import AptqError
 from aptq.models.load import ModelFiles, find_files, load_config
+from aptq.models.memory import trim
 from aptq.models.opening import Opened, assign, from_pretrained, open_resident, open_streamed
 from aptq.models.structure import LinearLayer, apply_skip, find_blocks, find_layers, linear_names
 from aptq.settings import ModelSettings
@@ -122,6 +123,7 @@ class ModelSource:
         for key in kept:
             assign(self.model, key, self._store.placeholder(key))
         self._move_rest(name, module, set(kept), "cpu")
+        trim()
 
     def _kept(self, name: str, module: nn.Module) -> list[str]:
         """Return the tensors of a block that the store has."""
