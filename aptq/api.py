@@ -166,8 +166,11 @@ class Curvature:
 class BlockObserver(Protocol):
     """Collects curvature while a block runs."""
 
-    def __call__(self, inputs: BlockInputs) -> Tensor:
-        """Run the block on one batch, add to the sums, return the block's outputs unchanged."""
+    def __call__(self, inputs: BlockInputs) -> Tensor | None:
+        """Run the block on one batch, add to the sums, return the block's outputs unchanged.
+
+        May return None, having run only as far as it had to, when it was told that outputs are not needed.
+        """
 
     def sums(self) -> Mapping[str, CurvatureSum]:
         """Return the sums of every layer of the block by name."""
@@ -177,10 +180,11 @@ class BlockObserver(Protocol):
 class HessianEstimator(Protocol):
     """Which curvature a layer's rounding error is weighed with."""
 
-    def observe(self, block: Block) -> AbstractContextManager[BlockObserver]:
+    def observe(self, block: Block, *, need_outputs: bool = True) -> AbstractContextManager[BlockObserver]:
         """Watch a block: hooks are on inside the context and gone after it, however it ends.
 
-        Sums must not depend on how samples are batched or split over ranks.
+        Sums must not depend on how samples are batched or split over ranks, nor on ``need_outputs``: False allows the
+        observer to stop a forward pass when there is nothing left to see in it.
         """
 
 

@@ -49,7 +49,7 @@ def measure(
         callbacks.on_advance(stage=STAGE, done=index, detail=step.block.name)
         rows = cached[index]
         if rows is None:
-            curvatures, _ = observe(step, estimator, walk, walk.fabric)
+            curvatures, _ = observe(step, estimator, walk, need_outputs=True)
             mine = {name: value for name, value in curvatures.items() if name in wanted}
             rows = _gather(_measure_layers(step.block, mine, rounding), step.block, walk.fabric.world_size)
             if walk.fabric.global_rank == 0:

@@ -10,19 +10,20 @@ from aptq.calibration.distribute import assign_owners, reduce_to_owners
 from aptq.calibration.walk import Step, Walk
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    pass
 
 
 def observe(
-    step: Step, estimator: HessianEstimator, walk: Walk, fabric: Fabric
+    step: Step, estimator: HessianEstimator, walk: Walk, *, need_outputs: bool
 ) -> tuple[dict[str, Curvature], Mapping[str, int]]:
-    """Run a block's batches under an estimator; leave its outputs in the step.
+    """Run a block's batches under an estimator; leave its outputs in the step, when they are needed.
 
     Returns:
         the curvatures of the layers that this rank owns, and every layer's owner.
     """
-    with estimator.observe(step.block) as observer:
-        step.run(observer)
+    fabric = walk.fabric
+    with estimator.observe(step.block, need_outputs=need_outputs) as observer:
+        step.observe(observer)
     sums = observer.sums()
     owners = assign_owners(sums, fabric.world_size)
     return reduce_to_owners(sums, owners, walk.total_tokens, fabric), owners

@@ -98,7 +98,7 @@ def _quantize_block(
 ) -> list[LayerReport]:
     """Observe a block, round its layers on their owner ranks, share the codes, store them."""
     fabric, block = walk.fabric, step.block
-    curvatures, owners = observe(step, recipe.estimator, walk, fabric)
+    curvatures, owners = observe(step, recipe.estimator, walk, need_outputs=False)
     planned = _planned(block, recipe)
     packed: dict[str, dict[str, Tensor]] = {}
     rows: dict[str, LayerReport] = {}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from aptq.api import AptqError, Block, BlockInputs
+from aptq.api import AptqError, Block, BlockInputs, BlockObserver
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -29,7 +29,7 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional (after the hidden s
 class Step:
     """One block of the walk: its weights on the device and this rank's inputs to it.
 
-    Whoever takes the step may change the block's weights and must leave ``outputs`` behind, by :meth:`run`.
+    Whoever takes the step may change the block's weights and must leave ``outputs`` behind.
     """
 
     block: Block
@@ -37,14 +37,20 @@ class Step:
     outputs: list[Tensor] = field(default_factory=list)
     last: bool = False  # nothing follows (the head): outputs, which are logits, are not kept
 
-    def run(self, call: Callable[[BlockInputs], Tensor] | None = None) -> None:
-        """Run the block on every batch (through an observer, where one is given) and keep its outputs."""
+    def run(self) -> None:
+        """Run the block on every batch and keep its outputs."""
+        if not self.last:
+            with torch.no_grad():
+                self.outputs = [batch.run(self.block.module) for batch in self.inputs]
+
+    def observe(self, observer: BlockObserver) -> None:
+        """Run the block through an observer and keep the outputs that it gives."""
+        self.outputs = []
         with torch.no_grad():
-            if self.last:
-                for batch in self.inputs if call else ():
-                    call(batch)  # type: ignore[misc]  # mypy does not see the condition
-                return
-            self.outputs = [call(batch) if call else batch.run(self.block.module) for batch in self.inputs]
+            for batch in self.inputs:
+                output = observer(batch)
+                if output is not None and not self.last:
+                    self.outputs.append(output)
 
     @property
     def tokens(self) -> int:

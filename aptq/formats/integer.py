@@ -183,8 +183,9 @@ class IntegerGrid:
     def finish(self, codes: Tensor) -> QuantizedWeight:
         """Bind codes ``[heads, in, rows]`` to the parameters, columns back in their natural order."""
         heads, in_features, rows = codes.shape
+        head = torch.arange(heads, device=codes.device)[:, None]
         natural = torch.empty(heads, in_features, rows, dtype=torch.uint8, device=codes.device)
-        natural.scatter_(1, self.order.unsqueeze(-1).expand_as(codes), codes.to(torch.uint8))
+        natural[head, self.order] = codes.to(torch.uint8)
         stored = _SCALE_DTYPES[self.format.scale_dtype]
         parameters = {"scales": self.scale.transpose(0, 1).reshape(-1, heads * rows).to(stored)}  # [groups, out]
         if not self.format.symmetric:
@@ -194,5 +195,5 @@ class IntegerGrid:
 
 def _expand(scale: Tensor, zero: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """Return scale and zero ``[heads, in, rows]`` of each position's column."""
-    index = group.unsqueeze(-1).expand(-1, -1, scale.shape[-1])
-    return scale.gather(1, index), zero.gather(1, index)
+    head = torch.arange(group.shape[0], device=group.device)[:, None]
+    return scale[head, group], zero[head, group]

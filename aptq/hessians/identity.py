@@ -17,22 +17,23 @@ class Identity:
     """``H = 2 I``: the layer objective is ``||dW||^2``, and the calibration text has no say."""
 
     @contextmanager
-    def observe(self, block: Block) -> Iterator[IdentityObserver]:
+    def observe(self, block: Block, *, need_outputs: bool = True) -> Iterator[IdentityObserver]:
         """Count tokens; nothing is hooked."""
-        yield IdentityObserver(block)
+        yield IdentityObserver(block, need_outputs)
 
 
 class IdentityObserver:
     """Gives every layer ``2 I`` per token; layers of one width share it."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, need_outputs: bool) -> None:
         self.block = block
+        self.need_outputs = need_outputs
         self.tokens = 0
 
-    def __call__(self, inputs: BlockInputs) -> Tensor:
-        """Run the block, counting tokens."""
+    def __call__(self, inputs: BlockInputs) -> Tensor | None:
+        """Count tokens; run the block only for its outputs."""
         self.tokens += inputs.hidden.shape[0] * inputs.hidden.shape[1]
-        return inputs.run(self.block.module)
+        return inputs.run(self.block.module) if self.need_outputs else None
 
     def sums(self) -> Mapping[str, CurvatureSum]:
         """Return ``2 tokens I`` for every layer."""

@@ -23,9 +23,9 @@ class Input:
     """
 
     @contextmanager
-    def observe(self, block: Block) -> Iterator[InputObserver]:
+    def observe(self, block: Block, *, need_outputs: bool = True) -> Iterator[InputObserver]:
         """Hook every layer's input; the hooks return nothing, so activations stay as they are."""
-        observer = InputObserver(block)
+        observer = InputObserver(block, need_outputs)
         handles = [layer.module.register_forward_pre_hook(observer.hook(name)) for name, layer in block.layers.items()]
         try:
             yield observer
@@ -34,11 +34,22 @@ class Input:
                 handle.remove()
 
 
-class InputObserver:
-    """Adds ``2 x x^T`` once for each distinct input tensor of the block."""
+class _Seen(Exception):
+    """The last layer has seen its input."""
 
-    def __init__(self, block: Block) -> None:
+
+class InputObserver:
+    """Adds ``2 x x^T`` once for each distinct input tensor of the block.
+
+    Without need for outputs, a forward pass ends at the layer that is called last, before it multiplies. Which one
+    that is shows in the first pass, if that calls every layer (an unused expert might come later another time).
+    """
+
+    def __init__(self, block: Block, need_outputs: bool) -> None:
         self.block = block
+        self.need_outputs = need_outputs
+        self._last: str | None = None  # where to stop
+        self._called: list[str] = []  # layers of this forward, in order
         self._leader: dict[str, str] = {}  # layer -> the layer that is called first with the same input
         self._sums: dict[str, CurvatureSum] = {}  # by leader
         self._seen: list[tuple[Tensor, str]] = []  # inputs of this forward, kept alive so that identity means identity
@@ -48,12 +59,15 @@ class InputObserver:
 
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             del module
+            self._called.append(name)
             leader = next((other for tensor, other in self._seen if tensor is args[0]), None)
             if leader is None:
                 self._seen.append((args[0], name))
                 self._add(name, args[0])
             elif self._leader.setdefault(name, leader) != leader:
                 raise RuntimeError(f"{name} shared its input with {self._leader[name]} before and with {leader} now.")
+            if name == self._last:
+                raise _Seen
 
         return add
 
@@ -70,13 +84,18 @@ class InputObserver:
             total.column[0, start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop], alpha=2)
         total.tokens += rows.shape[0]
 
-    def __call__(self, inputs: BlockInputs) -> Tensor:
-        """Run the block with the hooks on."""
-        self._seen.clear()
+    def __call__(self, inputs: BlockInputs) -> Tensor | None:
+        """Run the block with the hooks on, to its end or to the last layer."""
+        self._called.clear()
         try:
-            return inputs.run(self.block.module)
+            outputs = inputs.run(self.block.module)
+        except _Seen:
+            return None
         finally:
             self._seen.clear()
+        if not self.need_outputs and sorted(self._called) == sorted(self.block.layers):
+            self._last = self._called[-1]
+        return outputs
 
     def sums(self) -> Mapping[str, CurvatureSum]:
         """Return the sums; a layer that no token reached (an unused expert) has zeros."""

@@ -38,7 +38,7 @@ class GPTQ:
     damping: float = 0.01
     max_damping: float = 1.0
     act_order: bool = True
-    block_size: int = 128
+    block_size: int = 64
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.damping <= self.max_damping:
@@ -58,8 +58,9 @@ class GPTQ:
         # A column that no token excites has no curvature: any unit will do, it only must not be singular.
         diagonal = hessian.diagonal(dim1=1, dim2=2)
         diagonal[importance <= 0] = 1.0
-        heads = torch.arange(order.shape[0], device=order.device)[:, None, None]
-        hessian = hessian[heads, order[:, :, None], order[:, None, :]]
+        hessian = torch.stack(
+            [head.index_select(0, by).index_select(1, by) for head, by in zip(hessian, order, strict=True)]
+        )
         upper, damping, events = inverse_factor(hessian, self.damping, self.max_damping)
         return GPTQFactors(upper, order, importance, damping, events)
 
@@ -68,7 +69,8 @@ class GPTQ:
         by_head = weight.float().reshape(factors.order.shape[0], -1, weight.shape[-1])
         grid = format.fit(by_head, option, factors.importance).permuted(factors.order)
         columns = by_head.transpose(1, 2)  # [heads, in, rows]
-        columns = columns.gather(1, factors.order.unsqueeze(-1).expand_as(columns))
+        head = torch.arange(columns.shape[0], device=columns.device)[:, None]
+        columns = columns.contiguous()[head, factors.order]  # a copy: the rounding loop writes to it
         return grid.finish(_round_columns(columns, factors.upper, grid, self.block_size))
 
 
@@ -117,7 +119,7 @@ def inverse_factor(hessian: Tensor, damping: float, max_damping: float) -> tuple
         if not bool(info.any()) and bool(torch.isfinite(lower).all()):
             identity = torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device).expand_as(lower)
             inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            return inverse.flip(1, 2), attempt, tuple(events)
+            return inverse.flip(1, 2).contiguous(), attempt, tuple(events)
         if attempt >= max_damping:
             events.append(f"not positive definite with damping {attempt:g}: fell back to the diagonal")
             diagonal = hessian.diagonal(dim1=1, dim2=2) + attempt * mean

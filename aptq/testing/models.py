@@ -102,6 +102,10 @@ def check_hessian(
     first, *rest = _split(inputs, (inputs.hidden.shape[0] + 1) // 2)
     ranks = [_observe(estimator, block, [first]), _observe(estimator, block, rest)]
     _check_close({name: _added([rank[name] for rank in ranks]) for name in together}, together, "split over two ranks")
+    with torch.no_grad(), estimator.observe(block, need_outputs=False) as observer:
+        for batch in _split(inputs, 1):
+            observer(batch)
+        _check_close(observer.sums(), one_by_one, "without need for outputs")
     _check_failure(estimator, block, inputs)
 
 
@@ -119,7 +123,9 @@ def _observe(estimator: HessianEstimator, block: Block, batches: Sequence[BlockI
     given = [batch.hidden.clone() for batch in batches]
     with torch.no_grad(), estimator.observe(block) as observer:
         for batch, output, before in zip(batches, expected, given, strict=True):
-            expect_equal(observer(batch), output, "The block's output under observation")
+            observed = observer(batch)
+            assert observed is not None, "An observer that was asked for outputs returned None."
+            expect_equal(observed, output, "The block's output under observation")
             expect_equal(batch.hidden, before, "The block's input after observation")
         sums = {
             name: CurvatureSum(

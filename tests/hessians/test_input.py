@@ -8,6 +8,7 @@ from aptq.api import Block, BlockInputs
 from aptq.hessians.input import Input
 from aptq.models.structure import find_layers
 from aptq.testing import check_hessian
+from aptq.testing.models import tiny_block
 
 
 def test_keeps_the_contract() -> None:
@@ -44,6 +45,20 @@ def test_is_twice_the_gram_matrix_of_the_inputs() -> None:
     assert torch.allclose(sums["b.q"].column[0].double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(sums["b.q"].column, sums["b.q"].column.transpose(1, 2))
     assert sums["b.q"].tokens == 27
+
+
+def test_stopping_at_the_last_layer_sees_the_same() -> None:
+    sums: list[dict] = []  # type: ignore[type-arg]
+    for need_outputs in (True, False):
+        torch.manual_seed(0)
+        block, outputs = tiny_block(), []
+        with torch.no_grad(), Input().observe(block, need_outputs=need_outputs) as observer:
+            for seed in range(3):
+                torch.manual_seed(seed)
+                outputs.append(observer(BlockInputs(hidden=torch.randn(2, 9, 24), args=(), kwargs={})))
+        sums.append(dict(observer.sums()))
+        assert [output is None for output in outputs] == [False, not need_outputs, not need_outputs]
+    assert all(torch.equal(sums[0][name].column, sums[1][name].column) for name in sums[0])
 
 
 def test_strips_cover_wide_layers(monkeypatch: pytest.MonkeyPatch) -> None:
