@@ -59,6 +59,8 @@ __all__ = [
 ]
 
 
+_STRIP = 512
+
 # ---------------------------------------------------------------------------------------------- the model, as data
 
 
@@ -158,9 +160,19 @@ class Curvature:
         return out_features / self.heads * self.column.diagonal(dim1=1, dim2=2).double().sum().item()
 
     def quadratic(self, difference: Tensor) -> float:
-        """Return ``tr(D H D^T) / 2`` for a weight difference ``D [out, in]``: the objective's second-order change."""
+        """Return ``tr(D H D^T) / 2`` for a weight difference ``D [out, in]``: the objective's second-order change.
+
+        Goes over ``H`` in strips of columns: what is right of the diagonal strip equals what is below it.
+        """
         difference = difference.to(self.column.dtype).reshape(self.heads, -1, difference.shape[-1])
-        return 0.5 * torch.sum((difference @ self.column) * difference, dtype=torch.float64).item()
+        total = torch.zeros((), dtype=torch.float64, device=self.column.device)
+        for start in range(0, difference.shape[-1], _STRIP):
+            strip = slice(start, start + _STRIP)
+            weighed = difference[..., strip] @ self.column[:, strip, strip]
+            if start:
+                weighed += 2 * (difference[..., :start] @ self.column[:, :start, strip])
+            total += torch.sum(weighed * difference[..., strip], dtype=torch.float64)
+        return 0.5 * total.item()
 
 
 class BlockObserver(Protocol):

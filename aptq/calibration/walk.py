@@ -8,8 +8,9 @@ to the device one at a time, each fed with what the block before made of the cal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from aptq.models.source import ModelSource
 
+_TOKENS = 32
 _Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional (after the hidden states) and keyword arguments
 
 
@@ -35,18 +37,19 @@ class Step:
     block: Block
     inputs: Sequence[BlockInputs]
     outputs: list[Tensor] = field(default_factory=list)
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # the precision that blocks run in
     last: bool = False  # nothing follows (the head): outputs, which are logits, are not kept
 
     def run(self) -> None:
         """Run the block on every batch and keep its outputs."""
         if not self.last:
-            with torch.no_grad():
+            with torch.no_grad(), self.autocast():
                 self.outputs = [batch.run(self.block.module) for batch in self.inputs]
 
     def observe(self, observer: BlockObserver) -> None:
         """Run the block through an observer and keep the outputs that it gives."""
         self.outputs = []
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             for batch in self.inputs:
                 output = observer(batch)
                 if output is not None and not self.last:
@@ -72,6 +75,8 @@ class Walk:
         self._calls: dict[tuple[int, ...], list[_Call]] = {}  # by shape of the batch, one entry a block
         self._returns_tuple = False
         self.last_hidden: list[Tensor] = []
+        # Fabric's precision is for float32 models; others run in the dtype that they were stored in.
+        self.autocast = fabric.autocast if source.dtype == torch.float32 else nullcontext
 
     def steps(self) -> Iterator[Step]:
         """Yield each block in turn; raise ``AptqError`` where activations stop being finite."""
@@ -79,7 +84,7 @@ class Walk:
         for index in range(len(self.source.block_names)):
             block = self.source.load_block(index, self.fabric.device)
             inputs = [self._inputs(index, tokens, x) for tokens, x in zip(self._batches, hidden, strict=True)]
-            step = Step(block=block, inputs=inputs)
+            step = Step(block=block, inputs=inputs, autocast=self.autocast)
             del hidden, inputs
             yield step
             hidden = step.outputs
@@ -91,7 +96,8 @@ class Walk:
                 )
         self.last_hidden = hidden
         if self.source.head_name is not None:
-            yield Step(block=self.source.load_head(), inputs=self._head_inputs(self.source.head_name), last=True)
+            inputs = self._head_inputs(self.source.head_name)
+            yield Step(block=self.source.load_head(), inputs=inputs, autocast=self.autocast, last=True)
 
     def _head_inputs(self, name: str) -> list[BlockInputs]:
         """Run what lies between the last block and the head; one sample each, since its outputs are wide."""
@@ -112,7 +118,8 @@ class Walk:
 
     def _run_around(self, batch: Tensor, hidden: Tensor) -> Any:
         """Run the model on a batch with ``hidden`` as what its blocks make of it."""
-        with _stand_ins(self._modules(), _Recording(), self._returns_tuple, final=hidden), torch.no_grad():
+        stand_ins = _stand_ins(self._modules(), _Recording(), self._returns_tuple, final=hidden)
+        with stand_ins, torch.no_grad(), self.autocast():
             return self.source.model(input_ids=batch, use_cache=False)
 
     def _inputs(self, index: int, tokens: Tensor, hidden: Tensor) -> BlockInputs:
@@ -155,15 +162,21 @@ class Walk:
         return moved
 
     def logits(self) -> Tensor:
-        """Return the logits ``[batch, tokens, vocabulary]`` of the first batch after the whole walk, on the CPU."""
-        logits: Tensor = self._run_around(self._batches[0], self.last_hidden[0]).logits
-        return logits
+        """Return the logits of this rank's first sample after the whole walk (see ``logits_of``)."""
+        stand_ins = _stand_ins(self._modules(), _Recording(), self._returns_tuple, final=self.last_hidden[0][:1])
+        with stand_ins:
+            return self.logits_of(self.source.model)
 
-    @property
-    def first_batch(self) -> Tensor:
-        """Token ids of the first batch ``[batch, tokens]``."""
-        first: Tensor = self._batches[0]
-        return first
+    def logits_of(self, model: nn.Module) -> Tensor:
+        """Return a model's logits on this rank's first sample, ``[1, tokens, vocabulary]``, in the walk's precision.
+
+        Only those of the last tokens, where the family can do that: all of them would be the largest tensor of a run.
+        """
+        few = {"logits_to_keep": _TOKENS} if "logits_to_keep" in signature(model.forward).parameters else {}
+        with torch.no_grad(), self.autocast():
+            output = model(input_ids=self._batches[0][:1].to(next(model.parameters()).device), use_cache=False, **few)
+        logits: Tensor = output.logits.cpu().float()
+        return logits
 
 
 @dataclass(eq=False)

@@ -27,7 +27,7 @@ class Integer:
     group_size: int = 64
     symmetric: bool = False
     scale_dtype: str = "float16"
-    clip_steps: int = 0
+    clip_steps: int = 8
     clip_min: float = 0.5
 
     def __post_init__(self) -> None:

@@ -84,20 +84,16 @@ def _round_columns(columns: Tensor, upper: Tensor, grid: Grid, block_size: int) 
     codes = []
     for start in range(0, in_features, block_size):
         stop = min(start + block_size, in_features)
-        block = columns[:, start:stop]
-        errors = torch.empty_like(block)
-        scaled = upper[:, start:stop, start:stop]
-        inverse_diagonal = scaled.diagonal(dim1=1, dim2=2).reciprocal()
-        for j in range(stop - start):
-            column = block[:, j]
+        block, scaled = columns[:, start:stop], upper[:, start:stop, start:stop]
+        inverse_diagonal = scaled.diagonal(dim1=1, dim2=2).reciprocal()[:, :, None].unbind(1)
+        for j, column in enumerate(block.unbind(1)):
             code, value = grid.round(column, start + j)
             codes.append(code)
-            error = (column - value).mul_(inverse_diagonal[:, j : j + 1])
-            errors[:, j] = error
+            error = column.sub_(value).mul_(inverse_diagonal[j])  # takes the place of the column
             if j + 1 < stop - start:
                 block[:, j + 1 :].baddbmm_(scaled[:, j, j + 1 :, None], error[:, None], alpha=-1)
         if stop < in_features:
-            columns[:, stop:].baddbmm_(upper[:, start:stop, stop:].transpose(1, 2), errors, alpha=-1)
+            columns[:, stop:].baddbmm_(upper[:, start:stop, stop:].transpose(1, 2), block, alpha=-1)
     return torch.stack(codes, dim=1)
 
 

@@ -37,7 +37,8 @@ def test_ends_on_the_logits_of_the_whole_model(family: str, tiny_model_folder: C
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=walk.source.config._attn_implementation)
     with torch.no_grad():
         expected = model(input_ids=samples[:2]).logits
-    assert torch.allclose(walk.logits(), expected, atol=1e-4)
+    logits = walk.logits()
+    assert torch.allclose(logits, expected[:1, -logits.shape[1] :], atol=1e-4)
 
 
 def test_every_sample_is_walked_once_and_in_order(tiny_model_folder: Callable[..., Path]) -> None:
