@@ -30,7 +30,7 @@ def test_keeps_the_contract(act_order: bool) -> None:
 
 def _surgeon(weight: Tensor, hessian: Tensor, order: Tensor, option: Option, format: Integer, damping: float) -> Tensor:
     """Quantize by equations 2 and 3 of GPTQ, with the inverse of the remaining Hessian recomputed at every step."""
-    grid = format.fit(weight[None], option)
+    grid = format.fit(weight[None], option, hessian.diagonal()[None])
     w, left = weight.double().clone(), order.tolist()
     damped = hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(len(hessian))
     result = torch.zeros_like(w)
