@@ -46,7 +46,8 @@ def test_a_short_last_group_is_fitted_to_its_own_columns() -> None:
 def test_rounding_error_is_at_most_half_a_step() -> None:
     weight = torch.randn(8, 64)
     step = (weight.amax(1).clamp(min=0) - weight.amin(1).clamp(max=0)) / 15
-    assert bool(((weight - _values(Integer(clip_steps=0), weight, Option(4, -1))).abs() <= 0.51 * step[:, None] + 1e-3).all())
+    error = weight - _values(Integer(clip_steps=0), weight, Option(4, -1))
+    assert bool((error.abs() <= 0.51 * step[:, None] + 1e-3).all())
 
 
 def test_symmetric_grid_mirrors() -> None:
