@@ -17,6 +17,7 @@ import torch
 
 from aptq.api import Callback, EvaluationText, Evaluator
 from aptq.data import evaluation_texts
+from aptq.layer import dense_weights
 from aptq.settings import DataSettings
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ class Judge:
 
         measures = self.evaluator.evaluate(model, texts, progress)
         self.callbacks.on_advance(stage=STAGE, done=index + 1, detail=f"{who} writes")
-        continuations = [self._continue(model, prompt) for prompt in prompts]
+        with dense_weights(model):
+            continuations = [self._continue(model, prompt) for prompt in prompts]
         del model
         gc.collect()
         return measures, continuations

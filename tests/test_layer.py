@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aptq.api import AptqError, Curvature, LayerSpec, Option
 from aptq.backends.reference import Reference
 from aptq.formats.integer import Integer
-from aptq.layer import PackedLinear
+from aptq.layer import PackedLinear, dense_weights
 from aptq.quantizers.nearest import Nearest
 
 FORMAT = Integer()
@@ -141,3 +141,19 @@ def test_gradients_reach_the_input() -> None:
     layer(x).sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, dense.sum(0).expand(3, -1), rtol=1e-5, atol=1e-5)
+
+
+def test_dense_weights_give_the_same_and_go_again() -> None:
+    option = Option(3, 32)
+    layer = PackedLinear(64, 24, bias=True, format=Integer(), format_name="integer", option=option)
+    weight, format = torch.randn(24, 64), Integer()
+    grid = format.fit(weight[None], option)
+    packed = format.pack(grid.finish(grid.round(weight.T[None], slice(None))[0]), option)
+    layer.load_state_dict({**packed, "bias": torch.randn(24)})
+    layer.select_backend("reference")
+    x = torch.randn(2, 5, 64)
+    expected = layer(x)
+    with dense_weights(nn.Sequential(layer)):
+        assert "forward" in vars(layer)
+        assert torch.allclose(layer(x), expected, atol=1e-5)
+    assert "forward" not in vars(layer)
