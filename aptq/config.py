@@ -16,8 +16,10 @@ import psutil
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from aptq.config_errors import explain_hydra_error, plain_section
@@ -79,7 +81,7 @@ class PluginConfigs(SearchPathPlugin):
 def prepare_hydra() -> None:
     """Let Hydra see plug-in configs and ``${aptq_run_id:}``; call before composing. Calling it again does nothing."""
     Plugins.instance().register(PluginConfigs)
-    OmegaConf.register_new_resolver("aptq_run_id", run_id, replace=True)
+    OmegaConf.register_new_resolver("aptq_run_id", _job_id, replace=True)
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "quantize") -> DictConfig:
@@ -100,6 +102,13 @@ def compose(overrides: Sequence[str] = (), config_name: str = "quantize") -> Dic
         if explanation := explain_hydra_error(error):
             raise AptqError(explanation) from error
         raise
+
+
+def _job_id() -> str:
+    """Return the run's id, with the job's number where it is one of a sweep."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return f"{run_id()}-{HydraConfig.get().job.num}"
+    return run_id()
 
 
 @cache
