@@ -51,15 +51,17 @@ def job_of(run: Run) -> ExportJob:
     if quantization.get("quant_method") != "aptq":
         raise AptqError(f"{folder} was not written by the native exporter, which is the one that can be read again.")
     where = {name: file for file in files for name in _names(file)}
-    owner = {name: name.rpartition(".")[0] for name in where}
+    packed_names: dict[str, list[str]] = {layer: [] for layer in plan.layers}
+    other_names: list[str] = []
+    for name in where:
+        layer, _, short = name.rpartition(".")
+        (packed_names[layer] if layer in packed_names and short != "bias" else other_names).append(name)
 
     def packed(layer: str) -> dict[str, Tensor]:
-        return {name.rpartition(".")[2]: _read(where[name], name) for name in where if owner[name] == layer}
+        return {name.rpartition(".")[2]: _read(where[name], name) for name in packed_names[layer]}
 
     def full_precision() -> Iterator[tuple[str, Tensor]]:
-        for name, file in where.items():
-            if owner[name] not in plan.layers or name.endswith(".bias"):
-                yield name, _read(file, name)
+        yield from ((name, _read(where[name], name)) for name in other_names)
 
     format_config: dict[str, Any] = quantization["format"]
     config = AutoConfig.from_pretrained(folder)
@@ -68,7 +70,7 @@ def job_of(run: Run) -> ExportJob:
         plan=plan.layers,
         format=registry.build("format", format_config),
         format_config=format_config,
-        packed=lambda layer: {key: value for key, value in packed(layer).items() if key != "bias"},
+        packed=packed,
         full_precision=full_precision,
         config=config,
         generation_config=GenerationConfig.from_pretrained(folder)

@@ -35,6 +35,7 @@ from aptq.calibration.walk import Walk
 from aptq.callbacks import Callbacks
 from aptq.data import calibration_samples, check_data, check_length
 from aptq.files import new_folder
+from aptq.judge import STAGE as EVALUATE
 from aptq.judge import Judge, memory, versions
 from aptq.models import ModelSource, open_model
 from aptq.plan import Plan, check_plan, read_plan
@@ -291,7 +292,7 @@ def _finish(
     """Judge the result beside the original and write everything down."""
     judged: dict[str, Any] = {"perplexity": {}, "baseline_perplexity": {}}
     if experiment.evaluator is not None:
-        with stages("evaluate", 2 if experiment.baseline else 1, "model"):
+        with stages(EVALUATE, 2 if experiment.baseline else 1, "model"):
             judge = Judge(experiment.evaluator, experiment.callbacks, experiment.data, source.tokenizer)
             judged = judge(
                 run.model_folder,

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from aptq.api import Curvature, HessianEstimator
 from aptq.calibration.distribute import assign_owners, reduce_to_owners
 from aptq.calibration.walk import Step, Walk
-
-if TYPE_CHECKING:
-    pass
 
 
 def observe(
@@ -21,9 +17,8 @@ def observe(
     Returns:
         the curvatures of the layers that this rank owns, and every layer's owner.
     """
-    fabric = walk.fabric
     with estimator.observe(step.block, need_outputs=need_outputs) as observer:
         step.observe(observer)
     sums = observer.sums()
-    owners = assign_owners(sums, fabric.world_size)
-    return reduce_to_owners(sums, owners, walk.total_tokens, fabric), owners
+    owners = assign_owners(sums, walk.fabric.world_size)
+    return reduce_to_owners(sums, owners, walk.total_tokens, walk.fabric), owners

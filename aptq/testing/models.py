@@ -5,41 +5,19 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from aptq.api import Block, BlockInputs, CurvatureSum, EvaluationText, Evaluator, HessianEstimator, Layer
+from aptq.models.structure import LinearLayer
 from aptq.testing.assertions import expect, expect_equal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["check_evaluator", "check_hessian", "tiny_block", "tiny_inputs"]
-
-
-@dataclass
-class LinearLayer:
-    """A linear module as ``aptq.api.Layer`` sees it."""
-
-    name: str
-    module: nn.Module
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
-        out_features, in_features = self.weight().shape
-        return out_features, in_features
-
-    def weight(self) -> Tensor:
-        """Return the weight ``[out, in]``."""
-        return self.module.get_parameter("weight").detach()
-
-    def set_weight(self, weight: Tensor) -> None:
-        """Write the weight back."""
-        self.weight().copy_(weight)
 
 
 class TinyBlock(nn.Module):
