@@ -20,7 +20,6 @@ from aptq.api import (
     ExportJob,
     Format,
     HessianEstimator,
-    LayerReport,
     LayerStatistics,
     Option,
     Quantizer,
@@ -173,10 +172,10 @@ def _run_stages(
     plan = run.plan() or given or _make_plan(experiment, source, walk, stages, options)
     if experiment.fabric.global_rank == 0:
         run.save_plan(plan)
-    reports = _quantize(experiment, walk, run, stages, plan)
+    _quantize(experiment, walk, run, stages, plan)
     metrics: dict[str, Any] = {}
     if experiment.fabric.global_rank == 0:
-        metrics = _finish(experiment, source, run, stages, reports)
+        metrics = _finish(experiment, source, run, stages, plan)
     experiment.fabric.barrier()
     return metrics
 
@@ -203,20 +202,27 @@ def _make_plan(
     )
     with stages("allocate"):
         layers = experiment.allocator.allocate(problem)
+    bits = _average_bits(experiment.format, shapes, layers)
     return Plan(
         layers=layers,
         format_name=experiment.format_name,
-        budget={"allocator": experiment.config["allocator"], **_bits(problem, layers)},
+        budget={
+            "allocator": experiment.config["allocator"],
+            **{f"{which}_bits": average for which, average in bits.items()},
+        },
         predicted_cost=sum(costs[name][option] for name, option in layers.items()) if costs else None,
         layer_costs={name: costs[name][option] for name, option in layers.items()} if costs else {},
     )
 
 
-def _bits(problem: Allocation, plan: Mapping[str, Option]) -> dict[str, float]:
+def _average_bits(
+    format: Format, shapes: Mapping[str, tuple[int, int]], plan: Mapping[str, Option]
+) -> dict[str, float]:
     """Return the averages in bits per quantized weight: codes alone, and all that is stored."""
-    code = sum(option.bits * problem.num_weights(name) for name, option in plan.items())
-    storage = sum(problem.storage_bits[name][option] for name, option in plan.items())
-    return {"code_bits": code / problem.total_weights, "storage_bits": storage / problem.total_weights}
+    weights = {name: shapes[name][0] * shapes[name][1] for name in plan}
+    code = sum(option.bits * weights[name] for name, option in plan.items())
+    storage = sum(storage_bits(format, option, shapes[name]) for name, option in plan.items())
+    return {"code": code / sum(weights.values()), "storage": storage / sum(weights.values())}
 
 
 def _measure(
@@ -247,11 +253,11 @@ def samples_key(walk: Walk) -> str:
     return content_key({"shape": list(walk.samples.shape), "tokens": walk.samples.tolist()})
 
 
-def _quantize(experiment: Experiment, walk: Walk, run: Run, stages: Stages, plan: Plan) -> list[LayerReport]:
+def _quantize(experiment: Experiment, walk: Walk, run: Run, stages: Stages, plan: Plan) -> None:
     """Run pass 2 and write the model, unless both were done before the run was interrupted."""
     blocks = walk.source.num_steps
     if run.model_folder.is_dir() and all(run.block_done(index) for index in range(blocks)):
-        return [report for index in range(blocks) for report in run.load_block(index)[1]]
+        return
     recipe = Recipe(
         estimator=experiment.estimator,
         quantizer=experiment.quantizer,
@@ -265,7 +271,6 @@ def _quantize(experiment: Experiment, walk: Walk, run: Run, stages: Stages, plan
         run.write_layers_csv(reports)
         with stages("export"):
             _export(experiment, walk, run, plan)
-    return reports
 
 
 def _export(experiment: Experiment, walk: Walk, run: Run, plan: Plan) -> None:
@@ -286,9 +291,7 @@ def _export(experiment: Experiment, walk: Walk, run: Run, plan: Plan) -> None:
         verify(draft, walk, experiment.backend)
 
 
-def _finish(
-    experiment: Experiment, source: ModelSource, run: Run, stages: Stages, reports: Sequence[LayerReport]
-) -> dict[str, Any]:
+def _finish(experiment: Experiment, source: ModelSource, run: Run, stages: Stages, plan: Plan) -> dict[str, Any]:
     """Judge the result beside the original and write everything down."""
     judged: dict[str, Any] = {"perplexity": {}, "baseline_perplexity": {}}
     if experiment.evaluator is not None:
@@ -301,12 +304,9 @@ def _finish(
                 device=experiment.fabric.device,
                 num_samples=experiment.num_samples,
             )
-    weights = sum(report.out_features * report.in_features for report in reports)
-    storage = sum(report.storage_bits * report.out_features * report.in_features for report in reports)
-    code = sum(report.bits * report.out_features * report.in_features for report in reports)
     metrics = {
         **judged,
-        "bits": {"code": code / weights, "storage": storage / weights},
+        "bits": _average_bits(experiment.format, source.layer_shapes(), plan.layers),
         "bytes": {
             "model": sum(path.stat().st_size for path in run.model_folder.glob("*.safetensors")),
             "original": source.num_bytes,
