@@ -200,6 +200,17 @@ class HessianEstimator(Protocol):
         """
 
 
+@runtime_checkable
+class InputEstimator(HessianEstimator, Protocol):
+    """An estimator that needs nothing but what a layer is called with.
+
+    Pass 2 can then round each layer as soon as all samples have come to it, and runs a block once instead of twice.
+    """
+
+    def curvature_sum(self, layer: Layer, inputs: Sequence[Tensor]) -> CurvatureSum:
+        """Return what ``observe`` would for a layer whose batches of inputs ``[..., in]`` are given, maybe none."""
+
+
 # --------------------------------------------------------------------------------------- formats and quantizers
 
 
@@ -276,11 +287,10 @@ class Factors(Protocol):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Rounded:
-    """What a quantizer made of one layer, with the factors' health for the record."""
+    """What a quantizer made of one layer, and the grid that it rounded on, columns in their natural order."""
 
     weight: QuantizedWeight
-    damping: float = 0.0
-    events: tuple[str, ...] = ()
+    grid: Grid
 
 
 @runtime_checkable
@@ -290,7 +300,7 @@ class Quantizer(Protocol):
     def prepare(self, curvature: Curvature) -> Factors:
         """Do the work that all layers with this curvature share (damping, order, factorization)."""
 
-    def quantize(self, weight: Tensor, factors: Factors, format: Format, option: Option) -> QuantizedWeight:
+    def quantize(self, weight: Tensor, factors: Factors, format: Format, option: Option) -> Rounded:
         """Choose codes for a weight ``[out, in]`` under a format."""
 
 

@@ -62,6 +62,7 @@ def build_experiment(config: DictConfig) -> Experiment:
         callbacks=build_callbacks(plain, fabric, loggers),
         config=plain,
         plan_path=Path(plain["plan"]) if plain["plan"] else None,
+        true_sequential=plain["true_sequential"],
         baseline=plain["baseline"],
         num_samples=plain["samples"],
         cache_dir=Path(plain["cache_dir"]).expanduser(),

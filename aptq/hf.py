@@ -149,7 +149,8 @@ class AptqHfQuantizer(HfQuantizer):
         for name, reason in refusals.items():
             _log.warning("backend %s cannot be used: %s", name, reason)
         for module in model.modules():
-            if isinstance(module, PackedLinear):
+            # On meta there is nothing to multiply with yet.
+            if isinstance(module, PackedLinear) and not any(each.is_meta for each in module.packed().values()):
                 module.select_backend(self.quantization_config.backend, backends)
         return model
 

@@ -69,6 +69,7 @@ class Experiment:
     callbacks: Callbacks
     config: Mapping[str, Any]  # the resolved config, as it is recorded
     plan_path: Path | None = None
+    true_sequential: bool = True
     baseline: bool = True
     num_samples: int = 2  # continuations shown in the report
     cache_dir: Path = field(default_factory=lambda: Path("~/.cache/aptq").expanduser())
@@ -264,6 +265,7 @@ def _quantize(experiment: Experiment, walk: Walk, run: Run, stages: Stages, plan
         format=experiment.format,
         plan=plan.layers,
         costs=plan.layer_costs,
+        true_sequential=experiment.true_sequential,
     )
     with stages(QUANTIZE, blocks, "block"):
         reports = quantize(walk, recipe, run, experiment.callbacks)

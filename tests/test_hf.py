@@ -51,7 +51,7 @@ def export(source: Path, folder: Path, *, head: bool = False, dtype: str = "floa
         weight = (module.weight if isinstance(module, nn.Linear) else module.weight.T).detach().float()
         option = plan[name] = OPTIONS[len(plan) % len(OPTIONS)]
         factors = nearest.prepare(Curvature(column=torch.eye(weight.shape[1])[None], tokens=1))
-        quantized = nearest.quantize(weight, factors, format, option)
+        quantized = nearest.quantize(weight, factors, format, option).weight
         packed[name] = format.pack(quantized, option)
         dense = format.dequantize(quantized, option).to(model.dtype)
         module.weight = nn.Parameter(dense if isinstance(module, nn.Linear) else dense.T)

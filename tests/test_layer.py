@@ -44,7 +44,7 @@ def make(
     weight = torch.randn(shape, generator=generator)
     nearest = Nearest()
     factors = nearest.prepare(Curvature(column=torch.eye(shape[1])[None], tokens=1))
-    quantized = nearest.quantize(weight, factors, FORMAT, option)
+    quantized = nearest.quantize(weight, factors, FORMAT, option).weight
     layer = PackedLinear(shape[1], shape[0], bias=bias, format=FORMAT, format_name="integer", option=option)
     state = dict(FORMAT.pack(quantized, option))
     if bias:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aptq.api import Allocation, Block, Curvature, LayerStatistics, Option, QuantizedWeight
+from aptq.api import Allocation, Block, Curvature, LayerStatistics, Option, QuantizedWeight, Rounded
 from aptq.formats.integer import Integer, IntegerGrid
 from aptq.hessians.input import Input
 from aptq.quantizers.nearest import Nearest
@@ -134,7 +134,7 @@ class _Overwrites(_Broken):
 @dataclass(frozen=True, eq=False)
 class _UnorderedGrid(IntegerGrid):
     def permuted(self, order: Tensor) -> IntegerGrid:
-        return replace(super().permuted(order), column_scale=self.column_scale, column_zero=self.column_zero)
+        return replace(super().permuted(order), group=self.group)
 
 
 class _Unordered(_Broken):
@@ -165,14 +165,14 @@ def test_widths_that_no_option_serves_are_told() -> None:
 
 
 class _ChangesWeight(Nearest):
-    def quantize(self, weight: Tensor, *rest: Any) -> QuantizedWeight:
+    def quantize(self, weight: Tensor, *rest: Any) -> Rounded:
         quantized = super().quantize(weight, *rest)
         weight.mul_(0.5)
         return quantized
 
 
 class _UsesUpFactors(Nearest):
-    def quantize(self, weight: Tensor, factors: Any, *rest: Any) -> QuantizedWeight:
+    def quantize(self, weight: Tensor, factors: Any, *rest: Any) -> Rounded:
         shrunk = weight / (1 + getattr(factors, "used", 0))
         object.__setattr__(factors, "used", 1)
         return super().quantize(shrunk, factors, *rest)

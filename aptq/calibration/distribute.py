@@ -68,13 +68,18 @@ def _reduce(name: str, total: CurvatureSum, owner: int, total_tokens: int, fabri
             dist.reduce(total.row, dst=owner)
     if fabric.global_rank != owner:
         return None
-    if not bool(torch.isfinite(total.column).all()):
+    if not all_finite(total.column):
         raise AptqError(
             f"Calibration of {name} gave NaN or Inf. If the model is stored in float16, try model.dtype=bfloat16 or "
             "float32; otherwise the model's weights are not finite."
         )
     row = None if total.row is None else total.row / total_tokens
     return Curvature(column=total.column.div_(total_tokens), tokens=int(tokens), row=row)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN or Inf: neither is lost in a sum, which takes no memory."""
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float64)))
 
 
 def broadcast_tensors(

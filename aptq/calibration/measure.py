@@ -10,7 +10,6 @@ from aptq.api import (
     Block,
     Callback,
     Curvature,
-    Factors,
     Format,
     HessianEstimator,
     LayerStatistics,
@@ -18,6 +17,7 @@ from aptq.api import (
     Quantizer,
 )
 from aptq.calibration.observe import observe
+from aptq.calibration.rounding import Preparations
 from aptq.calibration.statistics import StatisticsCache
 from aptq.calibration.walk import Walk
 
@@ -49,8 +49,8 @@ def measure(
         callbacks.on_advance(stage=STAGE, done=index, detail=step.block.name)
         rows = cached[index]
         if rows is None:
-            curvatures, _ = observe(step, estimator, walk, need_outputs=True)
-            mine = {name: value for name, value in curvatures.items() if name in wanted}
+            observed = observe(step, estimator, walk, need_outputs=True)
+            mine = {name: value for name, value in observed.curvatures.items() if name in wanted}
             rows = _gather(_measure_layers(step.block, mine, rounding), step.block, walk.fabric.world_size)
             if walk.fabric.global_rank == 0:
                 cache.save(index, rows)
@@ -64,19 +64,18 @@ def measure(
 def _measure_layers(
     block: Block, curvatures: Mapping[str, Curvature], rounding: tuple[Quantizer, Format, Sequence[Option]] | None
 ) -> list[LayerStatistics]:
-    factors: dict[int, Factors] = {}
+    prepared = None if rounding is None else Preparations(rounding[0])
     rows = []
     for name, curvature in curvatures.items():
         layer = block.layers[name]
         errors: dict[Option, float] = {}
-        if rounding is not None:
+        if rounding is not None and prepared is not None:
             quantizer, format, options = rounding
-            if id(curvature) not in factors:
-                factors[id(curvature)] = quantizer.prepare(curvature)
+            factors, _ = prepared.of(curvature)
             weight = layer.weight().float()
             for option in options:
-                quantized = quantizer.quantize(weight, factors[id(curvature)], format, option)
-                errors[option] = curvature.quadratic(weight - format.dequantize(quantized, option))
+                rounded = quantizer.quantize(weight, factors, format, option)
+                errors[option] = curvature.quadratic(weight - format.dequantize(rounded.weight, option))
         trace = curvature.trace(layer.shape[0])
         rows.append(LayerStatistics(name=name, shape=layer.shape, tokens=curvature.tokens, trace=trace, errors=errors))
     return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,18 +15,19 @@ from aptq.api import (
     Block,
     Callback,
     Curvature,
-    Factors,
     Format,
     HessianEstimator,
+    InputEstimator,
     Layer,
     LayerReport,
     Option,
     Quantizer,
 )
 from aptq.calibration.distribute import broadcast_tensors
-from aptq.calibration.observe import observe
-from aptq.calibration.rounding import round_layer
+from aptq.calibration.observe import Observed, observe, observe_in_turn
+from aptq.calibration.rounding import Preparations, round_layer
 from aptq.calibration.walk import Step, Walk
+from aptq.models.structure import has_experts
 
 STAGE = "quantize"
 _log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Recipe:
     format: Format
     plan: Mapping[str, Option]
     costs: Mapping[str, float]  # predicted by the metric for the plan; empty when none ran
+    true_sequential: bool = True  # round each layer before the next one of its block is calibrated, where that can be
 
 
 def quantize(walk: Walk, recipe: Recipe, store: BlockStore, callbacks: Callback) -> list[LayerReport]:
@@ -71,7 +73,8 @@ def quantize(walk: Walk, recipe: Recipe, store: BlockStore, callbacks: Callback)
             _restore(step.block, recipe, tensors, walk.fabric.device)
         else:
             rows = _quantize_block(step, recipe, walk, store, callbacks)
-        step.run()
+        if not step.outputs:
+            step.run()
         reports += rows
         mean = sum(row.relative_error for row in rows) / max(len(rows), 1)
         callbacks.on_block_end(stage=STAGE, index=index, metrics={"relative_error": mean})
@@ -97,43 +100,52 @@ def _quantize_block(
     step: Step, recipe: Recipe, walk: Walk, store: BlockStore, callbacks: Callback
 ) -> list[LayerReport]:
     """Observe a block, round its layers on their owner ranks, share the codes, store them."""
-    fabric, block = walk.fabric, step.block
-    curvatures, owners = observe(step, recipe.estimator, walk, need_outputs=False)
-    planned = _planned(block, recipe)
-    packed: dict[str, dict[str, Tensor]] = {}
-    rows: dict[str, LayerReport] = {}
-    factors: dict[int, Factors] = {}
-    for number, (name, option, layer) in enumerate(planned):
-        if name in curvatures:
-            done = block.index + (number + 1) / (len(planned) + 1)
-            callbacks.on_advance(stage=STAGE, done=done, detail=f"{name} at {option.bits} bits")
-            rows[name], packed[name] = _quantize_layer(layer, curvatures[name], recipe, option, factors)
+    block = step.block
+    planned = {name: option for name, option, _ in _planned(block, recipe)}
     stored: dict[str, Tensor] = {}
-    reports = []
-    for name, option, layer in planned:
-        layout = recipe.format.packed_layout(option, layer.shape)
-        tensors = broadcast_tensors(packed.pop(name, None), layout, owners[name], fabric)
-        _set_from_packed(layer, tensors, recipe.format, option)
-        stored.update((f"{name}.{key}", tensor.cpu()) for key, tensor in tensors.items())
-        report: LayerReport = fabric.broadcast(rows.get(name), src=owners[name])  # type: ignore[assignment]
-        callbacks.on_layer_end(stage=STAGE, report=report)
-        reports.append(report)
-    if fabric.global_rank == 0:
-        store.save_block(block.index, stored, reports)
-    return reports
+    reports: dict[str, LayerReport] = {}
+    prepared = Preparations(recipe.quantizer)
+    for observed in _observed(step, recipe, walk, list(planned)):
+        prepared.keep(observed.curvatures.values())
+        rows: dict[str, LayerReport] = {}
+        packed: dict[str, dict[str, Tensor]] = {}
+        for name, curvature in observed.curvatures.items():
+            if name in planned:
+                done = block.index + (len(reports) + len(rows) + 1) / (len(planned) + 1)
+                callbacks.on_advance(stage=STAGE, done=done, detail=f"{name} at {planned[name].bits} bits")
+                layer = block.layers[name]
+                rows[name], packed[name] = _quantize_layer(layer, curvature, recipe, planned[name], prepared)
+        for name, owner in observed.owners.items():
+            if name in planned:
+                layout = recipe.format.packed_layout(planned[name], block.layers[name].shape)
+                tensors = broadcast_tensors(packed.pop(name, None), layout, owner, walk.fabric)
+                _set_from_packed(block.layers[name], tensors, recipe.format, planned[name])
+                stored.update((f"{name}.{key}", tensor.cpu()) for key, tensor in tensors.items())
+                reports[name] = walk.fabric.broadcast(rows.get(name), src=owner)  # type: ignore[assignment]
+                callbacks.on_layer_end(stage=STAGE, report=reports[name])
+    in_order = [reports[name] for name in planned]
+    if walk.fabric.global_rank == 0:
+        store.save_block(block.index, stored, in_order)
+    return in_order
+
+
+def _observed(step: Step, recipe: Recipe, walk: Walk, layers: Collection[str]) -> Iterable[Observed]:
+    """Give the layers' curvatures: one layer after the other as they are rounded, or all at once."""
+    one_path = not step.last and not has_experts(step.block.module)
+    if recipe.true_sequential and one_path and isinstance(recipe.estimator, InputEstimator):
+        return observe_in_turn(step, recipe.estimator, walk, layers)
+    return [observe(step, recipe.estimator, walk, need_outputs=False)]
 
 
 def _quantize_layer(
-    layer: Layer, curvature: Curvature, recipe: Recipe, option: Option, factors: dict[int, Factors]
+    layer: Layer, curvature: Curvature, recipe: Recipe, option: Option, prepared: Preparations
 ) -> tuple[LayerReport, dict[str, Tensor]]:
     """Round one layer and measure it; layers that share a curvature share its factors."""
     started = time.perf_counter()
-    if id(curvature) not in factors:
-        factors[id(curvature)] = recipe.quantizer.prepare(curvature)
-        for event in factors[id(curvature)].events:
-            _log.warning("%s: %s", layer.name, event)
-    shared = factors[id(curvature)]
-    outcome = round_layer(layer.weight().float(), curvature, recipe.quantizer, shared, recipe.format, option)
+    factors, new = prepared.of(curvature)
+    for event in factors.events if new else ():
+        _log.warning("%s: %s", layer.name, event)
+    outcome = round_layer(layer.weight().float(), curvature, recipe.quantizer, factors, recipe.format, option)
     out_features, in_features = layer.shape
     packed = recipe.format.pack(outcome.weight, option)
     report = LayerReport(
@@ -149,9 +161,9 @@ def _quantize_layer(
         error_nearest=outcome.error_nearest,
         error=outcome.error,
         relative_error=outcome.relative_error,
-        damping=shared.damping,
+        damping=factors.damping,
         seconds=time.perf_counter() - started,
-        events="; ".join(shared.events),
+        events="; ".join(factors.events),
     )
     return report, packed
 

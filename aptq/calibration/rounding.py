@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from aptq.api import Curvature, Factors, Format, Option, QuantizedWeight, Quantizer
+
+
+class Preparations:
+    """What a quantizer prepared from each curvature: once for all layers that share it."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self._quantizer = quantizer
+        self._held: list[tuple[Curvature, Factors]] = []
+
+    def of(self, curvature: Curvature) -> tuple[Factors, bool]:
+        """Return the factors, and whether they were made just now."""
+        for held, factors in self._held:
+            if held is curvature:
+                return factors, False
+        self._held.append((curvature, self._quantizer.prepare(curvature)))
+        return self._held[-1][1], True
+
+    def keep(self, curvatures: Collection[Curvature]) -> None:
+        """Forget all other curvatures, and their factors."""
+        self._held = [pair for pair in self._held if any(pair[0] is curvature for curvature in curvatures)]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -27,18 +48,16 @@ class Outcome:
 def round_layer(
     weight: Tensor, curvature: Curvature, quantizer: Quantizer, factors: Factors, format: Format, option: Option
 ) -> Outcome:
-    """Quantize ``weight [out, in]`` (float32) and measure it under the curvature."""
-    quantized = quantizer.quantize(weight, factors, format, option)
+    """Quantize ``weight [out, in]`` (float32) and measure it under the curvature.
+
+    ``error_nearest`` is that of nearest rounding on the same grid: what it is beyond ``error`` is the quantizer's gain.
+    """
+    rounded = quantizer.quantize(weight, factors, format, option)
+    columns = weight.reshape(curvature.heads, -1, weight.shape[-1]).transpose(1, 2)
+    nearest = rounded.grid.round(columns, slice(None))[1].transpose(1, 2).reshape(weight.shape)
     return Outcome(
-        weight=quantized,
-        error=curvature.quadratic(weight - format.dequantize(quantized, option)),
-        error_nearest=curvature.quadratic(weight - nearest(weight, curvature.heads, format, option)),
+        weight=rounded.weight,
+        error=curvature.quadratic(weight - format.dequantize(rounded.weight, option)),
+        error_nearest=curvature.quadratic(weight - nearest),
         signal=curvature.quadratic(weight),
     )
-
-
-def nearest(weight: Tensor, heads: int, format: Format, option: Option) -> Tensor:
-    """Return ``weight [out, in]`` with every entry at the nearest level of the format's grid."""
-    by_head = weight.reshape(heads, -1, weight.shape[-1])
-    _, values = format.fit(by_head, option).round(by_head.transpose(1, 2), slice(None))
-    return values.transpose(1, 2).reshape(weight.shape)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from aptq.api import AptqError, Block, BlockInputs, BlockObserver
+from aptq.calibration.distribute import all_finite
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -46,13 +47,12 @@ class Step:
             with torch.no_grad(), self.autocast():
                 self.outputs = [batch.run(self.block.module) for batch in self.inputs]
 
-    def observe(self, observer: BlockObserver) -> None:
-        """Run the block through an observer and keep the outputs that it gives."""
-        self.outputs = []
+    def observe(self, observer: BlockObserver, *, keep_outputs: bool) -> None:
+        """Run the block through an observer and, if asked, keep the outputs that it gives."""
         with torch.no_grad(), self.autocast():
             for batch in self.inputs:
                 output = observer(batch)
-                if output is not None and not self.last:
+                if keep_outputs and output is not None and not self.last:
                     self.outputs.append(output)
 
     @property
@@ -79,6 +79,13 @@ class Walk:
         self.autocast = fabric.autocast if source.dtype == torch.float32 else nullcontext
 
     def steps(self) -> Iterator[Step]:
+        """Yield each block in turn, then the head if it is to be quantized; raise as ``blocks`` does."""
+        yield from self.blocks()
+        if self.source.head_name is not None:
+            inputs = self._head_inputs(self.source.head_name)
+            yield Step(block=self.source.load_head(), inputs=inputs, autocast=self.autocast, last=True)
+
+    def blocks(self) -> Iterator[Step]:
         """Yield each block in turn; raise ``AptqError`` where activations stop being finite."""
         hidden = self._first_inputs()
         for index in range(len(self.source.block_names)):
@@ -89,15 +96,12 @@ class Walk:
             yield step
             hidden = step.outputs
             self.source.release_block(index)
-            if not all(bool(torch.isfinite(x).all()) for x in hidden):
+            if not all(all_finite(x) for x in hidden):
                 raise AptqError(
                     f"The outputs of block {block.name} hold NaN or Inf. If the model is stored in float16, try "
                     "model.dtype=bfloat16 or float32; otherwise look at its weights, or at a damping that is too small."
                 )
         self.last_hidden = hidden
-        if self.source.head_name is not None:
-            inputs = self._head_inputs(self.source.head_name)
-            yield Step(block=self.source.load_head(), inputs=inputs, autocast=self.autocast, last=True)
 
     def _head_inputs(self, name: str) -> list[BlockInputs]:
         """Run what lies between the last block and the head; one sample each, since its outputs are wide."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -93,9 +94,10 @@ class Integer:
             scale, zero = self._grid(low * share, high * share, bits)
             error = torch.empty_like(low)
             for g, group in enumerate(groups):
-                _, value = _round(group, scale[:, g, :, None], zero[:, g, :, None], bits)
-                square = (value - group).square_()
-                error[:, g] = (square if weights is None else square * weights[g].unsqueeze(1)).sum(-1)
+                exact = (group / scale[:, g, :, None]).add_(zero[:, g, :, None])  # codes before rounding
+                square = exact.round().clamp_(0, (1 << bits) - 1).sub_(exact).square_()
+                error[:, g] = square.sum(-1) if weights is None else (square @ weights[g].unsqueeze(-1)).squeeze(-1)
+            error *= scale.square()
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_scale = torch.where(better, scale, best_scale)
@@ -145,22 +147,17 @@ class Integer:
         return layout
 
 
-def _round(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return float-valued codes and what they stand for."""
-    codes = (values / scale).round_().add_(zero).clamp_(0, (1 << bits) - 1)
-    return codes, (codes - zero).mul_(scale)
-
-
 @dataclass(frozen=True, eq=False)
 class IntegerGrid:
-    """Scales and zeros of one weight, expanded to one row of them per column so that any order of columns is cheap."""
+    """Scales and zeros of one weight.
+
+    They are expanded to one row of them per column before the first rounding, so that any order of columns is cheap.
+    """
 
     scale: Tensor  # [heads, groups, rows]
     zero: Tensor  # [heads, groups, rows]
     group: Tensor  # [heads, in]: group of the column at each position
     order: Tensor  # [heads, in]: column at each position
-    column_scale: Tensor  # [heads, in, rows]
-    column_zero: Tensor  # [heads, in, rows]
     bits: int
     format: Integer
 
@@ -168,17 +165,32 @@ class IntegerGrid:
     def make(cls, scale: Tensor, zero: Tensor, group: Tensor, bits: int, format: Integer) -> IntegerGrid:
         """Make the grid in the natural order of columns."""
         order = torch.arange(group.shape[1], device=group.device).expand_as(group)
-        return cls(scale, zero, group, order, *_expand(scale, zero, group), bits=bits, format=format)
+        return cls(scale, zero, group, order, bits=bits, format=format)
 
     def permuted(self, order: Tensor) -> IntegerGrid:
         """Return the grid with position ``j`` of head ``h`` being this grid's column ``order[h, j]``."""
-        group = self.group.gather(1, order)
-        scale, zero = _expand(self.scale, self.zero, group)
-        return replace(self, group=group, order=self.order.gather(1, order), column_scale=scale, column_zero=zero)
+        return replace(self, group=self.group.gather(1, order), order=self.order.gather(1, order))
+
+    @cached_property
+    def _columns(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero ``[heads, in, rows]`` of each position's column."""
+        head = torch.arange(self.group.shape[0], device=self.group.device)[:, None]
+        return self.scale[head, self.group], self.zero[head, self.group]
+
+    @cached_property
+    def _by_position(self) -> list[tuple[Tensor, Tensor]]:
+        """The same, ``[heads, rows]`` for each position: picking from a list is cheaper than from a tensor."""
+        scale, zero = self._columns
+        return list(zip(scale.unbind(1), zero.unbind(1), strict=True))
 
     def round(self, values: Tensor, position: int | slice) -> tuple[Tensor, Tensor]:
         """Round columns to the nearest level; see ``aptq.api.Grid.round``."""
-        return _round(values, self.column_scale[:, position], self.column_zero[:, position], self.bits)
+        if isinstance(position, int):
+            scale, zero = self._by_position[position]
+        else:
+            scale, zero = (each[:, position] for each in self._columns)
+        codes = torch.addcdiv(zero, values, scale).round_().clamp_(0, (1 << self.bits) - 1)
+        return codes, (codes - zero).mul_(scale)
 
     def finish(self, codes: Tensor) -> QuantizedWeight:
         """Bind codes ``[heads, in, rows]`` to the parameters, columns back in their natural order."""
@@ -191,9 +203,3 @@ class IntegerGrid:
         if not self.format.symmetric:
             parameters["zeros"] = self.zero.transpose(0, 1).reshape(-1, heads * rows).to(torch.uint8)
         return QuantizedWeight(codes=natural.permute(0, 2, 1).reshape(heads * rows, in_features), parameters=parameters)
-
-
-def _expand(scale: Tensor, zero: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scale and zero ``[heads, in, rows]`` of each position's column."""
-    head = torch.arange(group.shape[0], device=group.device)[:, None]
-    return scale[head, group], zero[head, group]

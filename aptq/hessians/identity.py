@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from aptq.api import Block, BlockInputs, CurvatureSum
+from aptq.api import Block, BlockInputs, CurvatureSum, Layer
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,15 @@ class Identity:
     def observe(self, block: Block, *, need_outputs: bool = True) -> Iterator[IdentityObserver]:
         """Count tokens; nothing is hooked."""
         yield IdentityObserver(block, need_outputs)
+
+    def curvature_sum(self, layer: Layer, inputs: Sequence[Tensor]) -> CurvatureSum:
+        """Return ``2 I`` for each token."""
+        return _sum(layer, sum(x.numel() // x.shape[-1] for x in inputs))
+
+
+def _sum(layer: Layer, tokens: int) -> CurvatureSum:
+    matrix = 2.0 * tokens * torch.eye(layer.shape[1], device=layer.weight().device)
+    return CurvatureSum(column=matrix[None], tokens=tokens)
 
 
 class IdentityObserver:
@@ -41,6 +50,5 @@ class IdentityObserver:
         for layer in self.block.layers.values():
             width = layer.shape[1]
             if width not in shared:
-                matrix = 2.0 * self.tokens * torch.eye(width, device=layer.weight().device)
-                shared[width] = CurvatureSum(column=matrix[None], tokens=self.tokens)
+                shared[width] = _sum(layer, self.tokens)
         return {name: shared[layer.shape[1]] for name, layer in self.block.layers.items()}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from aptq.api import Block, BlockInputs, CurvatureSum
+from aptq.api import Block, BlockInputs, CurvatureSum, Layer
 
-_STRIP = 512  # rows of the Gram matrix computed at once; only its lower triangle of strips is
+_STRIP = 256  # rows of the Gram matrix computed at once; only its lower triangle of strips is
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,35 @@ class Input:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def curvature_sum(self, layer: Layer, inputs: Sequence[Tensor]) -> CurvatureSum:
+        """Return ``2 X^T X`` for the rows of all inputs ``[..., in]``."""
+        total = _empty(layer)
+        for x in inputs:
+            _add_gram(total, x.reshape(-1, x.shape[-1]))
+        _mirror(total)
+        return total
+
+
+def _empty(layer: Layer) -> CurvatureSum:
+    width = layer.shape[1]
+    return CurvatureSum(column=torch.zeros(1, width, width, device=layer.weight().device), tokens=0)
+
+
+def _add_gram(total: CurvatureSum, rows: Tensor) -> None:
+    """Add ``2 x x^T`` for each of ``rows [tokens, width]``, in the lower triangle of strips only."""
+    rows = rows.float()
+    width = rows.shape[1]
+    for start in range(0, width, _STRIP):
+        stop = min(start + _STRIP, width)
+        total.column[0, start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop], alpha=2)
+    total.tokens += rows.shape[0]
+
+
+def _mirror(total: CurvatureSum) -> None:
+    """Copy the lower triangle to the upper one."""
+    lower = total.column.tril_()
+    lower += lower.tril(-1).transpose(1, 2)
 
 
 class _Seen(Exception):
@@ -74,15 +103,9 @@ class InputObserver:
     def _add(self, name: str, x: Tensor) -> None:
         if self._leader.setdefault(name, name) != name:
             raise RuntimeError(f"{name} shared its input with {self._leader[name]} before and has its own now.")
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
-        width = rows.shape[1]
         if name not in self._sums:
-            self._sums[name] = CurvatureSum(column=torch.zeros(1, width, width, device=x.device), tokens=0)
-        total = self._sums[name]
-        for start in range(0, width, _STRIP):
-            stop = min(start + _STRIP, width)
-            total.column[0, start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop], alpha=2)
-        total.tokens += rows.shape[0]
+            self._sums[name] = _empty(self.block.layers[name])
+        _add_gram(self._sums[name], x.detach().reshape(-1, x.shape[-1]))
 
     def __call__(self, inputs: BlockInputs) -> Tensor | None:
         """Run the block with the hooks on, to its end or to the last layer."""
@@ -100,13 +123,8 @@ class InputObserver:
     def sums(self) -> Mapping[str, CurvatureSum]:
         """Return the sums; a layer that no token reached (an unused expert) has zeros."""
         for total in self._sums.values():
-            lower = total.column.tril()
-            total.column.copy_(lower + lower.tril(-1).transpose(1, 2))
+            _mirror(total)
         return {name: self._sum(name) for name in self.block.layers}
 
     def _sum(self, name: str) -> CurvatureSum:
-        if name in self._leader:
-            return self._sums[self._leader[name]]
-        layer = self.block.layers[name]
-        width = layer.shape[1]
-        return CurvatureSum(column=torch.zeros(1, width, width, device=layer.weight().device), tokens=0)
+        return self._sums[self._leader[name]] if name in self._leader else _empty(self.block.layers[name])

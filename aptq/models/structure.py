@@ -16,7 +16,7 @@ from aptq.api import Layer
 from aptq.errors import AptqError
 from aptq.models.experts import fused_num_experts
 
-__all__ = ["Conv1DLayer", "LinearLayer", "apply_skip", "find_blocks", "find_layers", "linear_names"]
+__all__ = ["Conv1DLayer", "LinearLayer", "apply_skip", "find_blocks", "find_layers", "has_experts", "linear_names"]
 
 
 @dataclass(eq=False)
@@ -115,6 +115,11 @@ def _num_experts(module: nn.Module) -> int | None:
         alike = len(module) > 1 and len({type(child) for child in module}) == 1
         return len(module) if alike and _num_linear_weights(module) else None
     return fused_num_experts(module)
+
+
+def has_experts(block: nn.Module) -> bool:
+    """Whether a block sends each token through a few of many layers."""
+    return any(_num_experts(child) is not None for child in block.modules() if child is not block)
 
 
 def _routers(block: nn.Module) -> set[nn.Module]:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aptq.api import AptqError, Curvature, Format, Grid, Option, QuantizedWeight
+from aptq.api import AptqError, Curvature, Format, Grid, Option, Rounded
+
+_SMALL = 256  # triangular matrices up to this size are inverted by substitution
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,28 +52,31 @@ class GPTQ:
 
     def prepare(self, curvature: Curvature) -> GPTQFactors:
         """Order, damp and factorize the column Hessians."""
-        hessian = curvature.column.clone()
-        importance = hessian.diagonal(dim1=1, dim2=2).clone()
+        importance = curvature.column.diagonal(dim1=1, dim2=2).clone()
         order = torch.argsort(importance, dim=1, descending=True, stable=True)
         if not self.act_order:
             order = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        # Last column first, as the factorization wants it.
+        flipped = order.flip(1)
+        hessian = torch.stack(
+            [head.index_select(0, by).index_select(1, by) for head, by in zip(curvature.column, flipped, strict=True)]
+        )
         # A column that no token excites has no curvature: any unit will do, it only must not be singular.
         diagonal = hessian.diagonal(dim1=1, dim2=2)
-        diagonal[importance <= 0] = 1.0
-        hessian = torch.stack(
-            [head.index_select(0, by).index_select(1, by) for head, by in zip(hessian, order, strict=True)]
-        )
-        upper, damping, events = inverse_factor(hessian, self.damping, self.max_damping)
-        return GPTQFactors(upper, order, importance, damping, events)
+        diagonal[diagonal <= 0] = 1.0
+        lower, damping, events = inverse_factor(hessian, self.damping, self.max_damping)
+        return GPTQFactors(lower.flip(1, 2), order, importance, damping, events)
 
-    def quantize(self, weight: Tensor, factors: GPTQFactors, format: Format, option: Option) -> QuantizedWeight:
+    def quantize(self, weight: Tensor, factors: GPTQFactors, format: Format, option: Option) -> Rounded:
         """Choose codes for a weight ``[out, in]``."""
         by_head = weight.float().reshape(factors.order.shape[0], -1, weight.shape[-1])
-        grid = format.fit(by_head, option, factors.importance).permuted(factors.order)
+        grid = format.fit(by_head, option, factors.importance)
+        ordered = grid.permuted(factors.order)
         columns = by_head.transpose(1, 2)  # [heads, in, rows]
         head = torch.arange(columns.shape[0], device=columns.device)[:, None]
         columns = columns.contiguous()[head, factors.order]  # a copy: the rounding loop writes to it
-        return grid.finish(_round_columns(columns, factors.upper, grid, self.block_size))
+        codes = _round_columns(columns, factors.upper, ordered, self.block_size)
+        return Rounded(weight=ordered.finish(codes), grid=grid)
 
 
 def _round_columns(columns: Tensor, upper: Tensor, grid: Grid, block_size: int) -> Tensor:
@@ -98,27 +103,45 @@ def _round_columns(columns: Tensor, upper: Tensor, grid: Grid, block_size: int) 
 
 
 def inverse_factor(hessian: Tensor, damping: float, max_damping: float) -> tuple[Tensor, float, tuple[str, ...]]:
-    """Return upper triangular ``U`` with ``U^T U = (H + d I)^-1`` for ``H [heads, n, n]``, the damping, and events.
+    """Return lower triangular ``V`` with ``V^T V = (H + d I)^-1`` for ``H [heads, n, n]``, the damping, and events.
 
-    With ``J`` the reversal of order, ``J H J = L L^T`` gives ``H = R R^T`` with ``R = J L J`` upper triangular, hence
-    ``U = R^-1``: one factorization and one triangular inverse, and no explicit ``H^-1``. ``d`` is ``damping`` times the
-    mean diagonal of each head; the ladder of :class:`GPTQ` applies to all heads together.
+    ``H + d I = L L^T`` gives ``V = L^-1``: one factorization and one triangular inverse, and no explicit ``H^-1``. For
+    the upper triangular factor that GPTQ walks along, give ``H`` with rows and columns in reverse, and reverse ``V``.
+    ``d`` is ``damping`` times the mean diagonal of each head; the ladder of :class:`GPTQ` applies to all heads
+    together. ``H`` is overwritten.
     """
-    mean = hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None]
-    reversed_hessian = hessian.flip(1, 2)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    bare = diagonal.clone()
+    mean = bare.mean(1)[:, None]
     events: list[str] = []
     attempt = damping
     while True:
-        damped = reversed_hessian.clone()
-        damped.diagonal(dim1=1, dim2=2).add_(attempt * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if not bool(info.any()) and bool(torch.isfinite(lower).all()):
-            identity = torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            return inverse.flip(1, 2).contiguous(), attempt, tuple(events)
+        diagonal.copy_(bare + attempt * mean)
+        lower, info = torch.linalg.cholesky_ex(hessian)
+        if not bool(info.any()) and bool(torch.isfinite(lower.diagonal(dim1=1, dim2=2)).all()):
+            return invert_lower(lower), attempt, tuple(events)
         if attempt >= max_damping:
             events.append(f"not positive definite with damping {attempt:g}: fell back to the diagonal")
-            diagonal = hessian.diagonal(dim1=1, dim2=2) + attempt * mean
-            return torch.diag_embed(diagonal.clamp(min=torch.finfo(hessian.dtype).tiny).rsqrt()), attempt, tuple(events)
+            safe = diagonal.clamp(min=torch.finfo(hessian.dtype).tiny)
+            return torch.diag_embed(safe.rsqrt()), attempt, tuple(events)
         attempt = min(max(10 * attempt, 1e-4), max_damping)
         events.append(f"damping raised to {attempt:g}")
+
+
+def invert_lower(lower: Tensor) -> Tensor:
+    """Return the inverse of lower triangular matrices ``[heads, n, n]``.
+
+    ``[[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]``: most of the work is in matrix products.
+    """
+    size = lower.shape[-1]
+    if size <= _SMALL:
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device).expand_as(lower)
+        solved: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return solved
+    half = size // 2
+    first, second = invert_lower(lower[:, :half, :half]), invert_lower(lower[:, half:, half:])
+    inverse = torch.zeros_like(lower, memory_format=torch.contiguous_format)
+    inverse[:, :half, :half] = first
+    inverse[:, half:, half:] = second
+    inverse[:, half:, :half] = -(second @ (lower[:, half:, :half] @ first))
+    return inverse

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from aptq.api import Curvature, Format, Option, QuantizedWeight
+from aptq.api import Curvature, Format, Option, Rounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +27,9 @@ class Nearest:
         """Keep the curvature's diagonal."""
         return NearestFactors(curvature.heads, curvature.column.diagonal(dim1=1, dim2=2))
 
-    def quantize(self, weight: Tensor, factors: NearestFactors, format: Format, option: Option) -> QuantizedWeight:
+    def quantize(self, weight: Tensor, factors: NearestFactors, format: Format, option: Option) -> Rounded:
         """Round a weight ``[out, in]``, all columns at once."""
         heads = weight.float().reshape(factors.heads, -1, weight.shape[-1])
         grid = format.fit(heads, option, factors.importance)
         codes, _ = grid.round(heads.transpose(1, 2), slice(None))
-        return grid.finish(codes)
+        return Rounded(weight=grid.finish(codes), grid=grid)

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from aptq.api import Block, BlockInputs, CurvatureSum, EvaluationText, Evaluator, HessianEstimator, Layer
+from aptq.api import (
+    Block,
+    BlockInputs,
+    CurvatureSum,
+    EvaluationText,
+    Evaluator,
+    HessianEstimator,
+    InputEstimator,
+    Layer,
+)
 from aptq.models.structure import LinearLayer
 from aptq.testing.assertions import expect, expect_equal
 
@@ -84,7 +93,24 @@ def check_hessian(
         for batch in _split(inputs, 1):
             observer(batch)
         _check_close(observer.sums(), one_by_one, "without need for outputs")
+    if isinstance(estimator, InputEstimator):
+        _check_close(_from_inputs(estimator, block, _split(inputs, 1)), together, "from the layers' inputs alone")
     _check_failure(estimator, block, inputs)
+
+
+def _from_inputs(estimator: InputEstimator, block: Block, batches: Sequence[BlockInputs]) -> dict[str, CurvatureSum]:
+    seen: dict[str, list[Tensor]] = {name: [] for name in block.layers}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: seen[name].append(args[0])
+
+    handles = [layer.module.register_forward_pre_hook(keep(name)) for name, layer in block.layers.items()]
+    with torch.no_grad():
+        for batch in batches:
+            batch.run(block.module)
+    for handle in handles:
+        handle.remove()
+    return {name: estimator.curvature_sum(layer, seen[name]) for name, layer in block.layers.items()}
 
 
 def _split(inputs: BlockInputs, size: int) -> list[BlockInputs]:

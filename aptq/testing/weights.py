@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from aptq.api import Backend, Curvature, Factors, Format, LayerSpec, Option, QuantizedWeight, Quantizer
+from aptq.api import Backend, Curvature, Factors, Format, LayerSpec, Option, QuantizedWeight, Quantizer, Rounded
 from aptq.testing.assertions import (
     Shape,
     accepted,
@@ -61,14 +62,15 @@ def _curvatures(heads: int, width: int) -> dict[str, Tensor]:
 def _check_quantizer_case(
     quantizer: Quantizer, format: Format, option: Option, shape: Shape, curvature: Curvature, case: str
 ) -> None:
+    quantize = partial(_quantize, quantizer, format, option, curvature.heads, case)
     column = curvature.column.clone()
     factors = quantizer.prepare(curvature)
     expect_equal(curvature.column, column, f"{case}: prepare() changed the curvature")
     _check_health(factors, case)
     first, second = (random_weight(1, shape, seed=seed)[0] for seed in (5, 6))
-    quantized = _quantize(quantizer, first, factors, format, option, case)
-    shared = _quantize(quantizer, second, factors, format, option, case)
-    alone = _quantize(quantizer, second, quantizer.prepare(curvature), format, option, case)
+    quantized = quantize(first, factors)
+    shared = quantize(second, factors)
+    alone = quantize(second, quantizer.prepare(curvature))
     expect_equal(shared.codes, alone.codes, f"{case}: codes with factors that another layer used before")
     expect_same_tensors(shared.parameters, alone.parameters, f"{case}: parameters with factors used before")
     restored = format.dequantize(quantized, option)
@@ -81,7 +83,7 @@ def _check_quantizer_case(
     packed = format.pack(quantized, option)
     unpacked = format.unpack(packed, option, shape)
     expect_equal(format.dequantize(unpacked, option), restored, f"{case}: the weight after pack() and unpack()")
-    half = _quantize(quantizer, first.bfloat16(), factors, format, option, case)
+    half = quantize(first.bfloat16(), factors)
     expect(half.codes.shape == quantized.codes.shape, f"{case}: a bfloat16 weight gives codes of another shape.")
 
 
@@ -97,12 +99,17 @@ def _check_health(factors: Factors, case: str) -> None:
 
 
 def _quantize(
-    quantizer: Quantizer, weight: Tensor, factors: Factors, format: Format, option: Option, case: str
+    quantizer: Quantizer, format: Format, option: Option, heads: int, case: str, weight: Tensor, factors: Factors
 ) -> QuantizedWeight:
     before = weight.clone()
-    quantized = quantizer.quantize(weight, factors, format, option)
+    rounded = quantizer.quantize(weight, factors, format, option)
     expect_equal(weight, before, f"{case}: quantize() changed the weight")
-    return quantized
+    expect(isinstance(rounded, Rounded), f"{case}: quantize() gave {type(rounded).__name__}; api.Rounded is promised.")
+    values = format.dequantize(rounded.weight, option)
+    columns = values.reshape(heads, -1, values.shape[-1]).transpose(1, 2)
+    again = rounded.grid.round(columns, slice(None))[1].transpose(1, 2).reshape(values.shape)
+    expect_equal(again, values, f"{case}: rounding the result once more on the grid that came with it")
+    return rounded.weight
 
 
 # ----------------------------------------------------------------------------------------------------- backends

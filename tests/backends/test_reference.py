@@ -17,7 +17,7 @@ def test_matmul_multiplies_by_the_dequantized_weight(dtype: torch.dtype, symmetr
     weight = torch.randn(40, 70)
     nearest = Nearest()
     factors = nearest.prepare(Curvature(column=torch.eye(70)[None], tokens=1))
-    quantized = nearest.quantize(weight, factors, format, option)
+    quantized = nearest.quantize(weight, factors, format, option).weight
     spec = LayerSpec(
         out_features=40,
         in_features=70,

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from aptq.api import Callback, LayerReport, LayerStatistics, Option
+from aptq.api import Callback, Curvature, LayerReport, LayerStatistics, Option
 from aptq.calibration.measure import measure
 from aptq.calibration.quantize import Recipe, quantize
 from aptq.calibration.statistics import StatisticsCache, content_key
@@ -16,7 +16,7 @@ from aptq.calibration.walk import Step, Walk
 from aptq.formats.integer import Integer
 from aptq.hessians.input import Input
 from aptq.models import open_model
-from aptq.quantizers.gptq import GPTQ
+from aptq.quantizers.gptq import GPTQ, GPTQFactors
 from aptq.quantizers.nearest import Nearest
 from aptq.settings import ModelSettings
 
@@ -24,9 +24,9 @@ OPTIONS = (Option(2, 32), Option(4, 32))
 Folder = Callable[..., Path]
 
 
-def _walk(folder: Path) -> Walk:
+def _walk(folder: Path, batch_size: int = 2) -> Walk:
     samples = torch.randint(4, 260, (4, 64), generator=torch.Generator().manual_seed(0))
-    return Walk(open_model(ModelSettings(path=str(folder))), samples, 2, Fabric(accelerator="cpu", devices=1))
+    return Walk(open_model(ModelSettings(path=str(folder))), samples, batch_size, Fabric(accelerator="cpu", devices=1))
 
 
 def _measure(walk: Walk, cache: StatisticsCache, rounding: bool = True) -> dict[str, LayerStatistics]:
@@ -56,11 +56,20 @@ class _Memory:
         return self.blocks[index]
 
 
-def _recipe(walk: Walk, bits: Mapping[str, int] | int = 3, quantizer: GPTQ | Nearest | None = None) -> Recipe:
+def _recipe(
+    walk: Walk, bits: Mapping[str, int] | int = 3, quantizer: GPTQ | Nearest | None = None, true_sequential: bool = True
+) -> Recipe:
     names = walk.source.layer_shapes()
     chosen = dict.fromkeys(names, bits) if isinstance(bits, int) else bits
     plan = {name: Option(each, 32) for name, each in chosen.items()}
-    return Recipe(estimator=Input(), quantizer=quantizer or GPTQ(), format=Integer(), plan=plan, costs={})
+    return Recipe(
+        estimator=Input(),
+        quantizer=quantizer or GPTQ(),
+        format=Integer(),
+        plan=plan,
+        costs={},
+        true_sequential=true_sequential,
+    )
 
 
 def _same(a: _Memory, b: _Memory) -> bool:
@@ -168,3 +177,46 @@ def test_experts_that_no_token_reaches_are_rounded_to_nearest(
     starving = [report for report in reports if report.tokens == 0]
     assert starving
     assert all(report.error == 0.0 for report in starving)
+
+
+def test_in_sequence_a_layer_sees_the_rounded_ones_before_it_in_its_block(tiny_model_folder: Folder) -> None:
+    stores = []
+    for true_sequential in (True, False):
+        walk, store = _walk(tiny_model_folder()), _Memory()
+        quantize(walk, _recipe(walk, true_sequential=true_sequential), store, Callback())
+        stores.append({report.name.rpartition("layers.0.")[2]: report for report in store.blocks[0][1]})
+    one, two = stores
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+        assert one[name].error == two[name].error
+    for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+        assert one[name].trace != two[name].trace
+        assert one[name].trace == pytest.approx(two[name].trace, rel=0.5)
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_layers_that_share_their_input_share_its_preparation(true_sequential: bool, tiny_model_folder: Folder) -> None:
+    prepared = []
+
+    class Counting(GPTQ):
+        def prepare(self, curvature: Curvature) -> GPTQFactors:
+            prepared.append(curvature.column.shape)
+            return super().prepare(curvature)
+
+    walk = _walk(tiny_model_folder())
+    quantize(walk, _recipe(walk, quantizer=Counting(), true_sequential=true_sequential), _Memory(), Callback())
+    assert len(prepared) == 4 * len(walk.source.block_names), "q, k, v; o; gate, up; down"
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_the_walk_goes_on_with_the_rounded_block(family: str, true_sequential: bool, tiny_model_folder: Folder) -> None:
+    """Whether it was run once or twice, and in one batch or several."""
+    logits = []
+    for batch_size in (1, 4):
+        walk, store = _walk(tiny_model_folder(family), batch_size), _Memory()
+        quantize(walk, _recipe(walk, 2, Nearest(), true_sequential), store, Callback())
+        again = _walk(tiny_model_folder(family), batch_size)
+        quantize(again, _recipe(again, 2, Nearest(), true_sequential), store, Callback())  # restored, then run
+        assert torch.equal(walk.logits(), again.logits())
+        logits.append(walk.logits())
+    assert torch.allclose(*logits, atol=1e-3)

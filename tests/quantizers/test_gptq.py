@@ -20,7 +20,7 @@ def _hessian(width: int, heads: int = 1, seed: int = 0, tokens: int = 300) -> Te
 def _quantize(quantizer: GPTQ, weight: Tensor, column: Tensor, option: Option, format: Integer | None = None) -> Tensor:
     format = format or Integer()
     factors = quantizer.prepare(Curvature(column=column, tokens=1))
-    return format.dequantize(quantizer.quantize(weight, factors, format, option), option)
+    return format.dequantize(quantizer.quantize(weight, factors, format, option).weight, option)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -69,7 +69,7 @@ def test_beats_nearest_on_the_objective_and_activation_order_helps() -> None:
     column = _hessian(128, seed=3) * scale[:, None] * scale
     curvature, weight, option = Curvature(column=column, tokens=1), torch.randn(64, 128), Option(2, 64)
     format, nearest = Integer(), Nearest()
-    rounded = format.dequantize(nearest.quantize(weight, nearest.prepare(curvature), format, option), option)
+    rounded = format.dequantize(nearest.quantize(weight, nearest.prepare(curvature), format, option).weight, option)
     plain = curvature.quadratic(weight - _quantize(GPTQ(act_order=False), weight, column, option))
     ordered = curvature.quadratic(weight - _quantize(GPTQ(), weight, column, option))
     assert ordered < plain < curvature.quadratic(weight - rounded)
@@ -79,19 +79,18 @@ def test_identity_curvature_is_nearest() -> None:
     weight, option, format = torch.randn(16, 64), Option(3, 32), Integer()
     curvature = Curvature(column=torch.eye(64)[None], tokens=1)
     nearest = Nearest()
-    expected = format.dequantize(nearest.quantize(weight, nearest.prepare(curvature), format, option), option)
+    expected = format.dequantize(nearest.quantize(weight, nearest.prepare(curvature), format, option).weight, option)
     assert torch.equal(_quantize(GPTQ(), weight, curvature.column, option), expected)
 
 
-def test_inverse_factor_in_float64() -> None:
-    hessian = _hessian(30, heads=2).double()
-    upper, damping, events = inverse_factor(hessian, 0.01, 1.0)
-    eye = torch.eye(30, dtype=torch.float64)
-    mean = hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    assert torch.allclose(
-        upper.transpose(1, 2) @ upper @ (hessian + 0.01 * mean * eye), eye.expand(2, -1, -1), atol=1e-9
-    )
-    assert torch.equal(upper, upper.triu())
+@pytest.mark.parametrize("width", [30, 700])
+def test_inverse_factor_in_float64(width: int) -> None:
+    hessian = _hessian(width, heads=2, tokens=2 * width).double()
+    lower, damping, events = inverse_factor(hessian.clone(), 0.01, 1.0)
+    eye = torch.eye(width, dtype=torch.float64).expand(2, -1, -1)
+    damped = hessian + 0.01 * hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * eye
+    assert torch.allclose(lower @ damped @ lower.transpose(1, 2), eye, atol=1e-9)
+    assert torch.equal(lower, lower.tril())
     assert damping == 0.01
     assert events == ()
 
@@ -110,7 +109,7 @@ def test_a_layer_that_no_token_reached_is_rounded_to_nearest() -> None:
     weight, option, format = torch.randn(8, 64), Option(4, 32), Integer()
     zero = Curvature(column=torch.zeros(1, 64, 64), tokens=0)
     nearest = Nearest()
-    expected = format.dequantize(nearest.quantize(weight, nearest.prepare(zero), format, option), option)
+    expected = format.dequantize(nearest.quantize(weight, nearest.prepare(zero), format, option).weight, option)
     assert torch.equal(_quantize(GPTQ(), weight, zero.column, option), expected)
 
 

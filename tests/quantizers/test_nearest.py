@@ -16,7 +16,7 @@ def test_no_level_is_nearer() -> None:
     weight, option, format = torch.randn(6, 96), Option(3, 32), Integer()
     quantizer = Nearest()
     factors = quantizer.prepare(Curvature(column=torch.eye(96)[None], tokens=1))
-    quantized = quantizer.quantize(weight, factors, format, option)
+    quantized = quantizer.quantize(weight, factors, format, option).weight
     chosen = (weight - format.dequantize(quantized, option)).abs()
     for shift in (-1, 1):
         codes = (quantized.codes.int() + shift).clamp(0, 7).to(torch.uint8)
