@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import logging
 import os
 import sys
@@ -53,8 +55,24 @@ def _escaped(text: str) -> str:
     return escape(text)
 
 
+def _import_all() -> None:
+    """Import what every task but the report needs: only once a config is composed, since it takes seconds.
+
+    The garbage collector would go through a million new objects again and again, and finds nothing: it is off
+    meanwhile, and never looks at them later.
+    """
+    gc.disable()
+    try:
+        importlib.import_module("aptq.experiment")
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def _run(config: DictConfig) -> None:
-    import transformers  # heavy: only once a config is composed
+    if config.task != "report":
+        _import_all()
+    import transformers
 
     logging.captureWarnings(True)
     logging.basicConfig(

@@ -165,20 +165,17 @@ class Walk:
         moved: _Call = self.fabric.to_device(call)
         return moved
 
-    def logits(self) -> Tensor:
-        """Return the logits of this rank's first sample after the whole walk (see ``logits_of``)."""
-        stand_ins = _stand_ins(self._modules(), _Recording(), self._returns_tuple, final=self.last_hidden[0][:1])
-        with stand_ins:
-            return self.logits_of(self.source.model)
+    def logits(self, tokens: int | None = None) -> Tensor:
+        """Return the logits ``[1, tokens, vocabulary]`` after the whole walk, in its precision.
 
-    def logits_of(self, model: nn.Module) -> Tensor:
-        """Return a model's logits on this rank's first sample, ``[1, tokens, vocabulary]``, in the walk's precision.
-
-        Only those of the last tokens, where the family can do that: all of them would be the largest tensor of a run.
+        They are those of this rank's first sample, of all of it or of its first ``tokens``; and only of the last of
+        them, where the family can do that: all would be the largest tensor of a run.
         """
+        model, final = self.source.model, self.last_hidden[0][:1, :tokens]
         few = {"logits_to_keep": _TOKENS} if "logits_to_keep" in signature(model.forward).parameters else {}
-        with torch.no_grad(), self.autocast():
-            output = model(input_ids=self._batches[0][:1].to(next(model.parameters()).device), use_cache=False, **few)
+        stand_ins = _stand_ins(self._modules(), _Recording(), self._returns_tuple, final=final)
+        with stand_ins, torch.no_grad(), self.autocast():
+            output = model(input_ids=self._batches[0][:1, :tokens], use_cache=False, **few)
         logits: Tensor = output.logits.cpu().float()
         return logits
 

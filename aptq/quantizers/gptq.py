@@ -20,7 +20,7 @@ _SMALL = 256  # triangular matrices up to this size are inverted by substitution
 class GPTQFactors:
     """``U`` upper triangular with ``U^T U = (H + damping)^-1``, columns and rows in ``order``."""
 
-    upper: Tensor  # [heads, in, in]
+    feedback: Tensor  # [heads, in, in]: U, each row divided by its diagonal entry
     order: Tensor  # [heads, in]: column at each position
     importance: Tensor  # [heads, in]: diag(H), in natural order
     damping: float
@@ -40,7 +40,7 @@ class GPTQ:
     damping: float = 0.01
     max_damping: float = 1.0
     act_order: bool = True
-    block_size: int = 64
+    block_size: int = 32
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.damping <= self.max_damping:
@@ -65,6 +65,7 @@ class GPTQ:
         diagonal = hessian.diagonal(dim1=1, dim2=2)
         diagonal[diagonal <= 0] = 1.0
         lower, damping, events = inverse_factor(hessian, self.damping, self.max_damping)
+        lower /= lower.diagonal(dim1=1, dim2=2)[:, :, None].clone()
         return GPTQFactors(lower.flip(1, 2), order, importance, damping, events)
 
     def quantize(self, weight: Tensor, factors: GPTQFactors, format: Format, option: Option) -> Rounded:
@@ -75,30 +76,29 @@ class GPTQ:
         columns = by_head.transpose(1, 2)  # [heads, in, rows]
         head = torch.arange(columns.shape[0], device=columns.device)[:, None]
         columns = columns.contiguous()[head, factors.order]  # a copy: the rounding loop writes to it
-        codes = _round_columns(columns, factors.upper, ordered, self.block_size)
+        codes = _round_columns(columns, factors.feedback, ordered, self.block_size)
         return Rounded(weight=ordered.finish(codes), grid=grid)
 
 
-def _round_columns(columns: Tensor, upper: Tensor, grid: Grid, block_size: int) -> Tensor:
+def _round_columns(columns: Tensor, feedback: Tensor, grid: Grid, block_size: int) -> Tensor:
     """Round ``columns [heads, in, rows]`` (overwritten) in order with error feedback; return the codes.
 
-    With ``e_j = (w_j - q_j) / U_jj`` every later column is updated by ``w_k -= U_jk e_j``: at once within a block,
-    by one matrix product per block beyond it.
+    Every column after ``j`` is updated by ``w_k -= (U_jk / U_jj) (w_j - q_j)``: at once within a block, by one matrix
+    product per block beyond it.
     """
     in_features = columns.shape[1]
     codes = []
     for start in range(0, in_features, block_size):
         stop = min(start + block_size, in_features)
-        block, scaled = columns[:, start:stop], upper[:, start:stop, start:stop]
-        inverse_diagonal = scaled.diagonal(dim1=1, dim2=2).reciprocal()[:, :, None].unbind(1)
+        block, within = columns[:, start:stop], feedback[:, start:stop, start:stop]
         for j, column in enumerate(block.unbind(1)):
             code, value = grid.round(column, start + j)
             codes.append(code)
-            error = column.sub_(value).mul_(inverse_diagonal[j])  # takes the place of the column
+            column.sub_(value)  # the error takes the place of the column
             if j + 1 < stop - start:
-                block[:, j + 1 :].baddbmm_(scaled[:, j, j + 1 :, None], error[:, None], alpha=-1)
+                block[:, j + 1 :].baddbmm_(within[:, j, j + 1 :, None], column[:, None], alpha=-1)
         if stop < in_features:
-            columns[:, stop:].baddbmm_(upper[:, start:stop, stop:].transpose(1, 2), block, alpha=-1)
+            columns[:, stop:].baddbmm_(feedback[:, start:stop, stop:].transpose(1, 2), block, alpha=-1)
     return torch.stack(codes, dim=1)
 
 

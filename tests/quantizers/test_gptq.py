@@ -128,7 +128,7 @@ def test_the_last_rung_is_the_diagonal() -> None:
     hopeless[:, 0, 1] = hopeless[:, 1, 0] = 1e4
     factors = GPTQ().prepare(Curvature(column=hopeless, tokens=1))
     assert "diagonal" in factors.events[-1]
-    assert torch.equal(factors.upper, torch.diag_embed(factors.upper.diagonal(dim1=1, dim2=2)))
+    assert torch.equal(factors.feedback, torch.diag_embed(factors.upper.diagonal(dim1=1, dim2=2)))
 
 
 @pytest.mark.parametrize("options", [{"damping": -0.1}, {"damping": 2.0}, {"block_size": 0}])
