@@ -22,7 +22,7 @@ class GPTQFactors:
 
     feedback: Tensor  # [heads, in, in]: U, each row divided by its diagonal entry
     order: Tensor  # [heads, in]: column at each position
-    importance: Tensor  # [heads, in]: diag(H), in natural order
+    importance: Tensor  # [heads, in]: diag(H + damping), in natural order
     damping: float
     events: tuple[str, ...]
 
@@ -66,7 +66,9 @@ class GPTQ:
         diagonal[diagonal <= 0] = 1.0
         lower, damping, events = inverse_factor(hessian, self.damping, self.max_damping)
         lower /= lower.diagonal(dim1=1, dim2=2)[:, :, None].clone()
-        return GPTQFactors(lower.flip(1, 2), order, importance, damping, events)
+        # Damped as the curvature is: what the calibration text never excites still counts for something.
+        damped = importance + damping * importance.mean(1, keepdim=True)
+        return GPTQFactors(lower.flip(1, 2), order, damped, damping, events)
 
     def quantize(self, weight: Tensor, factors: GPTQFactors, format: Format, option: Option) -> Rounded:
         """Choose codes for a weight ``[out, in]``."""

@@ -99,7 +99,7 @@ def test_dead_columns_do_no_harm() -> None:
     column = _hessian(64)
     column[:, 10:20] = 0
     column[:, :, 10:20] = 0
-    weight = torch.randn(8, 64)
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     values = _quantize(GPTQ(), weight, column, Option(4, 32))
     assert bool(torch.isfinite(values).all())
     assert (values - weight)[:, 10:20].abs().max() < 0.5, "a column without curvature is rounded to nearest"
@@ -128,7 +128,7 @@ def test_the_last_rung_is_the_diagonal() -> None:
     hopeless[:, 0, 1] = hopeless[:, 1, 0] = 1e4
     factors = GPTQ().prepare(Curvature(column=hopeless, tokens=1))
     assert "diagonal" in factors.events[-1]
-    assert torch.equal(factors.feedback, torch.diag_embed(factors.upper.diagonal(dim1=1, dim2=2)))
+    assert torch.equal(factors.feedback, torch.eye(32)[None])
 
 
 @pytest.mark.parametrize("options", [{"damping": -0.1}, {"damping": 2.0}, {"block_size": 0}])
