@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +170,11 @@ def _run_stages(
         _log.info("The whole model is held in memory: %s", source.resident_reason)
     samples = calibration_samples(experiment.data, source.tokenizer)
     walk = Walk(source, samples, experiment.data.batch_size, experiment.fabric)
-    plan = run.plan() or given or _make_plan(experiment, source, walk, stages, options)
+    plan = run.plan() or (
+        _make_plan(experiment, source, walk, stages, options)
+        if given is None
+        else replace(given, budget=_budget(experiment, source.layer_shapes(), given.layers))
+    )
     if experiment.fabric.global_rank == 0:
         run.save_plan(plan)
     _quantize(experiment, walk, run, stages, plan)
@@ -203,17 +207,23 @@ def _make_plan(
     )
     with stages("allocate"):
         layers = experiment.allocator.allocate(problem)
-    bits = _average_bits(experiment.format, shapes, layers)
     return Plan(
         layers=layers,
         format_name=experiment.format_name,
-        budget={
-            "allocator": experiment.config["allocator"],
-            **{f"{which}_bits": average for which, average in bits.items()},
-        },
+        budget=_budget(experiment, shapes, layers),
         predicted_cost=sum(costs[name][option] for name, option in layers.items()) if costs else None,
         layer_costs={name: costs[name][option] for name, option in layers.items()} if costs else {},
     )
+
+
+def _budget(
+    experiment: Experiment, shapes: Mapping[str, tuple[int, int]], layers: Mapping[str, Option]
+) -> dict[str, Any]:
+    """Return where a plan came from, and its averages."""
+    given = experiment.plan_path
+    origin = {"allocator": experiment.config["allocator"]} if given is None else {"plan": str(given)}
+    bits = _average_bits(experiment.format, shapes, layers)
+    return {**origin, **{f"{which}_bits": average for which, average in bits.items()}}
 
 
 def _average_bits(

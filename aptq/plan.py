@@ -23,9 +23,9 @@ _OPTIONAL_LAYER_KEYS = ("cost",)
 class Plan:
     """An option for every layer and where it came from.
 
-    ``budget`` records the allocator's config and the averages ``code_bits`` and ``storage_bits`` in bits per weight;
-    ``predicted_cost`` is the sum of the metric's costs, or None when no metric ran; the layers of a fused group hold
-    the same option.
+    ``budget`` records the allocator's config, or the plan that was given, and the averages ``code_bits`` and
+    ``storage_bits`` in bits per weight; ``predicted_cost`` is the sum of the metric's costs, or None when no metric
+    ran; the layers of a fused group hold the same option.
     """
 
     layers: Mapping[str, Option]

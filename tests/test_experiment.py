@@ -100,6 +100,9 @@ def test_a_plan_can_be_edited_and_run_again(overrides: Callable[..., list[str]],
     path.write_text(json.dumps(plan))
     run = aptq.quantize(overrides("evaluator=none", f"plan={path}", folder="second"))
     assert {report.name: report.bits for report in run.layers()}[edited] == 8
+    budget = json.loads((run.folder / "plan.json").read_text())["budget"]
+    assert budget["plan"] == str(path)
+    assert budget["code_bits"] == run.metrics()["bits"]["code"]
     assert not {"measure", "allocate"} & run.metrics()["seconds"].keys(), "pass 1 is skipped when the plan is given"
 
 
