@@ -114,6 +114,7 @@ class BlockInputs:
     hidden: Tensor  # [batch, tokens, width]
     args: tuple[Any, ...]  # positional arguments after the hidden states
     kwargs: Mapping[str, Any]  # masks, rotary embeddings, ... shared by all batches of this shape
+    samples: Sequence[int] = ()  # which of all calibration samples these are, for who draws random numbers for each
 
     def run(self, module: nn.Module) -> Tensor:
         """Call the block and return its new hidden states ``[batch, tokens, width]``."""
@@ -132,7 +133,7 @@ class CurvatureSum:
     Layers that share their input map to the *same* object: it is reduced, factorized and stored once.
     """
 
-    column: Tensor  # [heads, in, in], float32
+    column: Tensor  # [heads, in, in], float32 (float64 for weights in float64)
     tokens: int  # how many tokens were added: fewer than the block saw for the experts of a mixture
     row: Tensor | None = None  # [heads, rows, rows]
 
@@ -200,15 +201,31 @@ class HessianEstimator(Protocol):
         """
 
 
-@runtime_checkable
-class InputEstimator(HessianEstimator, Protocol):
-    """An estimator that needs nothing but what a layer is called with.
+class LayerObserver(Protocol):
+    """Tells the curvature of a block's layers one after the other, while the block's forward passes wait at each."""
 
-    Pass 2 can then round each layer as soon as all samples have come to it, and runs a block once instead of twice.
+    def curvature_sum(self, layer: Layer, inputs: Sequence[Tensor], samples: Sequence[Sequence[int]]) -> CurvatureSum:
+        """Return this rank's sums for a layer that all its batches have come to.
+
+        Args:
+            layer: the layers before it in the block may have been rounded.
+            inputs: what it is about to be called with, ``[..., in]``, by batch; none where the block never calls it.
+            samples: which of all calibration samples these are, by batch.
+
+        Returns:
+            the same *object* as for the layer before, where the two share their curvature.
+        """
+
+
+@runtime_checkable
+class SequentialEstimator(HessianEstimator, Protocol):
+    """An estimator that can tell a layer's curvature as soon as all samples have come to the layer.
+
+    Pass 2 can then round it at once, calibrates the next layer behind it, and runs a block once instead of twice.
     """
 
-    def curvature_sum(self, layer: Layer, inputs: Sequence[Tensor]) -> CurvatureSum:
-        """Return what ``observe`` would for a layer whose batches of inputs ``[..., in]`` are given, maybe none."""
+    def watch(self, block: Block) -> AbstractContextManager[LayerObserver]:
+        """Watch a block as ``observe`` does, its batches running side by side from layer to layer."""
 
 
 # --------------------------------------------------------------------------------------- formats and quantizers

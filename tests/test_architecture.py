@@ -23,6 +23,8 @@ HELPERS = {"aptq.api", "aptq.errors", "aptq.packing"}
 
 ALSO = {
     # Writing model folders is the exporters' work, and aptq.hf says what transformers reads of the native one.
+    # Which module is the attention, and which layers are in it, is read from the model in one place.
+    "aptq.hessians": {"aptq.models.structure"},
     "aptq.exporters": {"aptq.files", "aptq.hf", "aptq.shards", "aptq.targets"},
 }
 CHOOSERS = {"aptq.backends.select"}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from aptq.api import AptqError, Curvature, HessianEstimator, InputEstimator, Layer
+from aptq.api import AptqError, Curvature, CurvatureSum, HessianEstimator, SequentialEstimator
 from aptq.calibration.distribute import assign_owners, reduce_to_owners
 from aptq.calibration.lockstep import lockstep
 from aptq.calibration.walk import Step, Walk
+from aptq.models.memory import trim
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -34,40 +33,40 @@ def observe(step: Step, estimator: HessianEstimator, walk: Walk, *, need_outputs
     return Observed(owners, reduce_to_owners(sums, owners, walk.total_tokens, walk.fabric))
 
 
-def observe_in_turn(step: Step, estimator: InputEstimator, walk: Walk, layers: Collection[str]) -> Iterator[Observed]:
+def observe_in_turn(
+    step: Step, estimator: SequentialEstimator, walk: Walk, layers: Collection[str]
+) -> Iterator[Observed]:
     """Yield one layer after the other, as the block calls them; round each before asking for the next.
 
     In the end the step's outputs are those of the rounded block. Layers that are fed the same tensors share their
     curvature, as in ``observe``; those that the block does not call come last.
     """
-    fabric = walk.fabric
-    missing = dict.fromkeys(layers)
-    seen: list[Tensor] = []
-    owner = -1
+    fabric, missing = walk.fabric, dict.fromkeys(layers)
+    samples = [batch.samples for batch in step.inputs]
+    total: CurvatureSum | None = None
     curvature: Curvature | None = None
-    with lockstep(step, layers) as batches:
+    owner = -1
+    with estimator.watch(step.block) as observer, lockstep(step, layers) as batches:
         while (name := _agreed(batches.advance(), step, fabric)) is not None:
             del missing[name]
-            inputs = batches.inputs()
-            if not fabric.broadcast(len(seen) > 0 and all(new is old for new, old in zip(inputs, seen, strict=True))):
+            before, total = total, observer.curvature_sum(step.block.layers[name], batches.inputs(), samples)
+            if not fabric.broadcast(total is before):
                 owner = (owner + 1) % fabric.world_size
-                curvature = _curvature(step.block.layers[name], inputs, estimator, owner, walk)
-            seen = inputs
+                curvature = _reduced(name, total, owner, walk)
             yield _one(name, owner, curvature)
-    for name in missing:
-        yield _one(name, 0, _curvature(step.block.layers[name], [], estimator, 0, walk))
+            trim()
+        for name in missing:
+            total = observer.curvature_sum(step.block.layers[name], [], [])
+            yield _one(name, 0, _reduced(name, total, 0, walk))
 
 
 def _one(name: str, owner: int, curvature: Curvature | None) -> Observed:
     return Observed({name: owner}, {} if curvature is None else {name: curvature})
 
 
-def _curvature(
-    layer: Layer, inputs: Sequence[Tensor], estimator: InputEstimator, owner: int, walk: Walk
-) -> Curvature | None:
+def _reduced(name: str, total: CurvatureSum, owner: int, walk: Walk) -> Curvature | None:
     """Return the curvature on its owner rank, None on the others."""
-    total = estimator.curvature_sum(layer, inputs)
-    return reduce_to_owners({layer.name: total}, {layer.name: owner}, walk.total_tokens, walk.fabric).get(layer.name)
+    return reduce_to_owners({name: total}, {name: owner}, walk.total_tokens, walk.fabric).get(name)
 
 
 def _agreed(name: str | None, step: Step, fabric: Fabric) -> str | None:

@@ -17,11 +17,11 @@ from aptq.api import (
     Curvature,
     Format,
     HessianEstimator,
-    InputEstimator,
     Layer,
     LayerReport,
     Option,
     Quantizer,
+    SequentialEstimator,
 )
 from aptq.calibration.distribute import broadcast_tensors
 from aptq.calibration.observe import Observed, observe, observe_in_turn
@@ -132,7 +132,7 @@ def _quantize_block(
 def _observed(step: Step, recipe: Recipe, walk: Walk, layers: Collection[str]) -> Iterable[Observed]:
     """Give the layers' curvatures: one layer after the other as they are rounded, or all at once."""
     one_path = not step.last and not has_experts(step.block.module)
-    if recipe.true_sequential and one_path and isinstance(recipe.estimator, InputEstimator):
+    if recipe.true_sequential and one_path and isinstance(recipe.estimator, SequentialEstimator):
         return observe_in_turn(step, recipe.estimator, walk, layers)
     return [observe(step, recipe.estimator, walk, need_outputs=False)]
 

@@ -72,6 +72,8 @@ class Walk:
         self.total_tokens = samples.numel()
         mine = samples[fabric.global_rank :: fabric.world_size]
         self._batches = list(mine.split(batch_size)) if len(mine) else []
+        numbers = range(fabric.global_rank, len(samples), fabric.world_size)
+        self._numbers = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
         self._calls: dict[tuple[int, ...], list[_Call]] = {}  # by shape of the batch, one entry a block
         self._returns_tuple = False
         self.last_hidden: list[Tensor] = []
@@ -90,7 +92,7 @@ class Walk:
         hidden = self._first_inputs()
         for index in range(len(self.source.block_names)):
             block = self.source.load_block(index, self.fabric.device)
-            inputs = [self._inputs(index, tokens, x) for tokens, x in zip(self._batches, hidden, strict=True)]
+            inputs = [self._inputs(index, number, x) for number, x in enumerate(hidden)]
             step = Step(block=block, inputs=inputs, autocast=self.autocast)
             del hidden, inputs
             yield step
@@ -126,9 +128,9 @@ class Walk:
         with stand_ins, torch.no_grad(), self.autocast():
             return self.source.model(input_ids=batch, use_cache=False)
 
-    def _inputs(self, index: int, tokens: Tensor, hidden: Tensor) -> BlockInputs:
-        args, kwargs = self._calls[tuple(tokens.shape)][index]
-        return BlockInputs(hidden=hidden, args=args, kwargs=kwargs)
+    def _inputs(self, index: int, batch: int, hidden: Tensor) -> BlockInputs:
+        args, kwargs = self._calls[tuple(self._batches[batch].shape)][index]
+        return BlockInputs(hidden=hidden, args=args, kwargs=kwargs, samples=self._numbers[batch])
 
     def _first_inputs(self) -> list[Tensor]:
         """Run the model without its blocks on every batch; return what reaches the first block, keep all calls."""

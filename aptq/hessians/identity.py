@@ -21,8 +21,15 @@ class Identity:
         """Count tokens; nothing is hooked."""
         yield IdentityObserver(block, need_outputs)
 
-    def curvature_sum(self, layer: Layer, inputs: Sequence[Tensor]) -> CurvatureSum:
-        """Return ``2 I`` for each token."""
+    @contextmanager
+    def watch(self, block: Block) -> Iterator[Identity]:
+        """Nothing is hooked, and nothing remembered."""
+        del block
+        yield self
+
+    def curvature_sum(self, layer: Layer, inputs: Sequence[Tensor], samples: Sequence[Sequence[int]]) -> CurvatureSum:
+        """Return ``2 I`` for each token; see ``aptq.api.LayerObserver``."""
+        del samples
         return _sum(layer, sum(x.numel() // x.shape[-1] for x in inputs))
 
 

@@ -16,7 +16,16 @@ from aptq.api import Layer
 from aptq.errors import AptqError
 from aptq.models.experts import fused_num_experts
 
-__all__ = ["Conv1DLayer", "LinearLayer", "apply_skip", "find_blocks", "find_layers", "has_experts", "linear_names"]
+__all__ = [
+    "Conv1DLayer",
+    "LinearLayer",
+    "apply_skip",
+    "find_attentions",
+    "find_blocks",
+    "find_layers",
+    "has_experts",
+    "linear_names",
+]
 
 
 @dataclass(eq=False)
@@ -115,6 +124,29 @@ def _num_experts(module: nn.Module) -> int | None:
         alike = len(module) > 1 and len({type(child) for child in module}) == 1
         return len(module) if alike and _num_linear_weights(module) else None
     return fused_num_experts(module)
+
+
+def find_attentions(block: nn.Module) -> dict[str, nn.Module]:
+    """Return the attention modules of a block by their name in it: the outermost whose class is called so.
+
+    That is how transformers names them, in every family; nothing else tells them from other mixers of tokens.
+    """
+    return _outermost(block, "Attention")
+
+
+def find_mlps(block: nn.Module) -> dict[str, nn.Module]:
+    """Return the feed-forward modules of a block by their name in it, experts left out, as ``find_attentions`` does."""
+    found = _outermost(block, "MLP")
+    return {name: module for name, module in found.items() if not has_experts(module)}
+
+
+def _outermost(block: nn.Module, word: str) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for name, module in block.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if name and not inside and word in type(module).__name__:
+            found[name] = module
+    return found
 
 
 def has_experts(block: nn.Module) -> bool:

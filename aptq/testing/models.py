@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +18,8 @@ from aptq.api import (
     EvaluationText,
     Evaluator,
     HessianEstimator,
-    InputEstimator,
     Layer,
+    SequentialEstimator,
 )
 from aptq.models.structure import LinearLayer
 from aptq.testing.assertions import expect, expect_equal
@@ -93,29 +94,34 @@ def check_hessian(
         for batch in _split(inputs, 1):
             observer(batch)
         _check_close(observer.sums(), one_by_one, "without need for outputs")
-    if isinstance(estimator, InputEstimator):
-        _check_close(_from_inputs(estimator, block, _split(inputs, 1)), together, "from the layers' inputs alone")
+    if isinstance(estimator, SequentialEstimator):
+        _check_close(_from_inputs(estimator, block, _split(inputs, 1)), together, "from layer to layer")
     _check_failure(estimator, block, inputs)
 
 
-def _from_inputs(estimator: InputEstimator, block: Block, batches: Sequence[BlockInputs]) -> dict[str, CurvatureSum]:
+def _from_inputs(
+    estimator: SequentialEstimator, block: Block, batches: Sequence[BlockInputs]
+) -> dict[str, CurvatureSum]:
     seen: dict[str, list[Tensor]] = {name: [] for name in block.layers}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: seen[name].append(args[0])
 
     handles = [layer.module.register_forward_pre_hook(keep(name)) for name, layer in block.layers.items()]
-    with torch.no_grad():
+    with torch.no_grad(), estimator.watch(block) as observer:
         for batch in batches:
             batch.run(block.module)
-    for handle in handles:
-        handle.remove()
-    return {name: estimator.curvature_sum(layer, seen[name]) for name, layer in block.layers.items()}
+        for handle in handles:
+            handle.remove()
+        samples = [batch.samples for batch in batches]
+        return {name: observer.curvature_sum(layer, seen[name], samples) for name, layer in block.layers.items()}
 
 
 def _split(inputs: BlockInputs, size: int) -> list[BlockInputs]:
+    samples = inputs.samples or range(len(inputs.hidden))
     return [
-        BlockInputs(hidden=part, args=inputs.args, kwargs=inputs.kwargs) for part in torch.split(inputs.hidden, size)
+        replace(inputs, hidden=part, samples=samples[number * size : (number + 1) * size])
+        for number, part in enumerate(inputs.hidden.split(size))
     ]
 
 
@@ -159,11 +165,11 @@ def _check_sums(sums: Mapping[str, CurvatureSum], block: Block, tokens: int) -> 
     expect(set(sums) == set(block.layers), f"sums() has {sorted(sums)}, the block has {sorted(block.layers)}.")
     for name, each in sums.items():
         out_features, in_features = block.layers[name].shape
-        heads = each.column.shape[0]
+        heads, dtype = each.column.shape[0], torch.promote_types(block.layers[name].weight().dtype, torch.float32)
         expect(
-            each.column.shape == (heads, in_features, in_features) and each.column.dtype == torch.float32,
+            each.column.shape == (heads, in_features, in_features) and each.column.dtype == dtype,
             f"{name}: column is {tuple(each.column.shape)} {each.column.dtype}; "
-            f"[heads, {in_features}, {in_features}] in float32 is promised.",
+            f"[heads, {in_features}, {in_features}] in {dtype} is promised.",
         )
         expect(heads > 0 and out_features % heads == 0, f"{name}: {heads} heads do not divide {out_features} outputs.")
         expect(0 <= each.tokens <= tokens, f"{name}: {each.tokens} tokens counted of {tokens}.")

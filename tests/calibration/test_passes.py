@@ -1,6 +1,7 @@
 """The two passes over a tiny model."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from aptq.calibration.quantize import Recipe, quantize
 from aptq.calibration.statistics import StatisticsCache, content_key
 from aptq.calibration.walk import Step, Walk
 from aptq.formats.integer import Integer
+from aptq.hessians.attention import Attention
 from aptq.hessians.input import Input
 from aptq.models import open_model
 from aptq.quantizers.gptq import GPTQ, GPTQFactors
@@ -220,3 +222,36 @@ def test_the_walk_goes_on_with_the_rounded_block(family: str, true_sequential: b
         assert torch.equal(walk.logits(), again.logits())
         logits.append(walk.logits())
     assert torch.allclose(*logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2_moe"])
+def test_attention_hessians_go_through_both_passes(family: str, tiny_model_folder: Folder, tmp_path: Path) -> None:
+    """A Hessian for each head: in lockstep, block by block for experts, and in the statistics of pass 1."""
+    walk, store = _walk(tiny_model_folder(family)), _Memory()
+    recipe = replace(_recipe(walk), estimator=Attention(probes=1))
+    reports = quantize(walk, recipe, store, Callback())
+    assert [report.name for report in reports] == list(walk.source.layer_shapes())
+    assert sum(report.error for report in reports) < sum(report.error_nearest for report in reports)
+    again, resumed = _walk(tiny_model_folder(family)), _Memory()
+    resumed.blocks = {0: store.blocks[0]}
+    quantize(again, replace(recipe, plan=recipe.plan), resumed, Callback())
+    assert _same(store, resumed)
+    statistics = measure(
+        walk,
+        Attention(),
+        layers=list(walk.source.layer_shapes()),
+        rounding=None,
+        cache=StatisticsCache(tmp_path, "key"),
+        callbacks=Callback(),
+    )
+    assert all(entry.trace > 0 for entry in statistics.values() if entry.tokens)
+
+
+def test_in_turn_and_at_once_the_first_block_has_the_same_attention_hessians(tiny_model_folder: Folder) -> None:
+    errors = []
+    for true_sequential in (True, False):
+        walk, store = _walk(tiny_model_folder()), _Memory()
+        recipe = replace(_recipe(walk, true_sequential=true_sequential), estimator=Attention())
+        quantize(walk, recipe, store, Callback())
+        errors.append([report.error for report in store.blocks[0][1][:3]])
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)

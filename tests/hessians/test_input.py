@@ -62,7 +62,7 @@ def test_stopping_at_the_last_layer_sees_the_same() -> None:
 
 
 def test_strips_cover_wide_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aptq.hessians.input._STRIP", 6)
+    monkeypatch.setattr("aptq.hessians.gram._STRIP", 6)
     sums, x = _observed(20)
     assert torch.allclose(sums["b.v"].column[0], 2 * x.T @ x, rtol=1e-5, atol=1e-4)
 

@@ -1,0 +1,184 @@
+"""The curvature of the attention block's output: APTQ's Hessian.
+
+Source: APTQ (DAC 2024), equations 5-15, as the exact Gauss-Newton (Levenberg-Marquardt) Hessian of
+``||F(W) - F(W')||^2`` with ``F`` the output of the attention block. The paper leaves open which cotangent its gradients
+are taken with, and its formulas know no rotary embeddings, masks or grouped queries; here all of these are the affair
+of the model's own module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from aptq.api import AptqError, Block, BlockInputs, CurvatureSum, Layer
+from aptq.hessians.attention_part import AttentionPart, Measurement
+from aptq.hessians.input_observer import InputLayers, InputObserver
+from aptq.models.structure import find_attentions, find_mlps
+
+_CHOICES = {"cotangent": ("random", "ones", "exact"), "scope": ("head", "layer"), "values": ("exact", "random")}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """``H = 2 E[g^T g]`` for the layers of an attention block, ``g`` the gradient of ``<G, F>`` for random signs ``G``.
+
+    Summed over the rows of a head (``scope: head``, a Hessian of its own for each) or of the whole layer (``layer``),
+    and divided by their number. Where the structure allows it, less is left to chance:
+
+    - An output that is only used at its own token (queries) has independent gradients at different tokens, so that
+      ``H = 2 sum_t w_t x_t x_t^T`` with ``w_t = E||g_t||^2``: a token-weighted input Hessian.
+    - ``F`` is linear in the values. With ``A_h`` the attention of head ``h`` and ``W_O,h`` its part of the output
+      layer, ``H = 2 sum_{h,h'} tr(W_O,h^T W_O,h') (A_h X)^T (A_h' X)`` over the heads that share a value head
+      (``values: exact``; ``random`` leaves it to the cotangents). ``A_h X`` is what the module makes of ``X`` in the
+      place of its values.
+    - Keys have neither. ``probes`` cotangents are drawn for each sample.
+
+    The output layer, and all layers outside attention, have the Hessian of their inputs (``hessian=input``). With
+    ``mlp`` the same is done at the output of the feed-forward modules, for all of their layers but the last: what these
+    put out is used at its own token, so that it is a matter of token weights once more.
+
+    ``cotangent: ones`` takes one gradient with ``G = 1`` instead: the literal reading of the paper, which does not
+    estimate the Hessian. ``exact`` goes through every entry of ``G``, which only a tiny model can afford.
+
+    Source: derived from APTQ (DAC 2024), equations 7 and 9-15.
+    """
+
+    probes: int = 2
+    scope: str = "head"
+    values: str = "exact"
+    cotangent: str = "random"
+    mlp: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.probes < 1:
+            raise AptqError(f"hessian.probes={self.probes} is not allowed; use 1 or more.")
+        for key, allowed in _CHOICES.items():
+            if getattr(self, key) not in allowed:
+                raise AptqError(f"hessian.{key}={getattr(self, key)!r} is not known; use one of {', '.join(allowed)}.")
+
+    @contextmanager
+    def observe(self, block: Block, *, need_outputs: bool = True) -> Iterator[AttentionObserver]:
+        """Hook the block's attention modules and the inputs of all other layers.
+
+        Raises:
+            AptqError: the block has no attention module, or one that does not end with its last layer.
+        """
+        observer = AttentionObserver(block, need_outputs, self._parts(block))
+        with observer.hooked():
+            yield observer
+
+    @contextmanager
+    def watch(self, block: Block) -> Iterator[AttentionLayers]:
+        """Hook the block's attention modules for what they are called with; raise as ``observe`` does."""
+        parts = self._parts(block)
+        watched = AttentionLayers(parts)
+        with ExitStack() as stack:
+            for part in parts:
+                handle = part.module.register_forward_pre_hook(watched.hook(part), with_kwargs=True)
+                stack.callback(handle.remove)
+            yield watched
+
+    def _parts(self, block: Block) -> list[AttentionPart]:
+        modules = find_attentions(block.module)
+        if not modules:
+            raise AptqError(
+                f"{block.name} has no attention module (one whose class is called so), and hessian=attention measures "
+                "at its output; use hessian=input."
+            )
+        if self.mlp:
+            modules |= find_mlps(block.module)
+        how = Measurement(self.probes, self.scope == "head", self.values == "exact", self.cotangent, self.seed)
+        return [AttentionPart(f"{block.name}.{name}", module, block, how) for name, module in modules.items()]
+
+
+class AttentionLayers:
+    """Measures an attention module when all batches wait at the first of its layers, none of them rounded yet."""
+
+    def __init__(self, parts: Sequence[AttentionPart]) -> None:
+        self._calls: dict[AttentionPart, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {part: [] for part in parts}
+        self._of = {name: part for part in parts for name in part.layers}
+        self._sums: dict[str, CurvatureSum] = {}
+        self._others = InputLayers()
+        self._busy = False
+
+    def hook(self, part: AttentionPart) -> Callable[..., None]:
+        """Return the forward pre-hook of an attention module."""
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            del module
+            if not self._busy:
+                self._calls[part].append((args, kwargs))
+
+        return keep
+
+    def curvature_sum(self, layer: Layer, inputs: Sequence[Tensor], samples: Sequence[Sequence[int]]) -> CurvatureSum:
+        """See ``aptq.api.LayerObserver``."""
+        part = self._of.get(layer.name)
+        if part is None:
+            return self._others.curvature_sum(layer, inputs, samples)
+        if layer.name not in self._sums:
+            self._busy = True
+            try:
+                for (args, kwargs), numbers in zip(self._calls.pop(part), samples, strict=False):
+                    part.add(args, kwargs, numbers)
+            finally:
+                self._busy = False
+            self._sums |= part.sums()
+        return self._sums.pop(layer.name)
+
+
+class AttentionObserver:
+    """Measures each attention module when the block comes to it, on the arguments that it is called with."""
+
+    def __init__(self, block: Block, need_outputs: bool, parts: Sequence[AttentionPart]) -> None:
+        self._block, self._parts = block, parts
+        measured = {name for part in self._parts for name in part.layers}
+        others = {name: layer for name, layer in block.layers.items() if name not in measured}
+        self._inputs = InputObserver(replace(block, layers=others), need_outputs)
+        self._samples: Sequence[int] = ()
+        self._busy = False  # a module is being run on the side: what its layers see then is not the block's
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Watch the block while the context lasts."""
+        with ExitStack() as stack:
+            for part in self._parts:
+                handle = part.module.register_forward_pre_hook(self._measure(part), with_kwargs=True)
+                stack.callback(handle.remove)
+            for name, layer in self._inputs.block.layers.items():
+                handle = layer.module.register_forward_pre_hook(self._unless_busy(self._inputs.hook(name)))
+                stack.callback(handle.remove)
+            yield
+
+    def _unless_busy(self, hook: Callable[..., None]) -> Callable[..., None]:
+        return lambda *arguments: None if self._busy else hook(*arguments)
+
+    def _measure(self, part: AttentionPart) -> Callable[..., None]:
+        def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            del module
+            if not self._busy:
+                self._busy = True
+                try:
+                    part.add(args, kwargs, self._samples)
+                finally:
+                    self._busy = False
+
+        return measure
+
+    def __call__(self, inputs: BlockInputs) -> Tensor | None:
+        """Run the block with the hooks on."""
+        self._samples = inputs.samples or range(len(inputs.hidden))
+        return self._inputs(inputs)
+
+    def sums(self) -> Mapping[str, CurvatureSum]:
+        """Return the sums of all layers."""
+        found = dict(self._inputs.sums())
+        for part in self._parts:
+            found |= part.sums()
+        return {name: found[name] for name in self._block.layers}

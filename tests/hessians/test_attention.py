@@ -1,0 +1,240 @@
+"""APTQ's Hessian against dense Jacobians in float64, on the attention modules of transformers."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from aptq.api import AptqError, Block, BlockInputs, CurvatureSum
+from aptq.calibration.walk import Walk
+from aptq.hessians.attention import Attention
+from aptq.hessians.attention_part import random_signs, value_mixing
+from aptq.hessians.input import Input
+from aptq.models import open_model
+from aptq.models.structure import find_attentions, find_layers, find_mlps
+from aptq.settings import ModelSettings
+from aptq.testing import check_hessian
+from aptq.testing.models import tiny_block
+
+# Rotary embeddings, grouped queries; biases; norms of queries and keys; sliding windows; soft caps; partial rotary
+# embeddings; learned positions; one matrix for queries, keys and values.
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi", "opt", "gpt2")
+TOKENS = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """The first block of a tiny model, in float64, with attention that is far from even."""
+
+    block: Block
+    inputs: BlockInputs
+
+    @property
+    def attention(self) -> tuple[str, nn.Module]:
+        ((name, module),) = find_attentions(self.block.module).items()
+        return f"{self.block.name}.{name}", module
+
+    def sums(self, estimator: Attention) -> dict[str, CurvatureSum]:
+        with torch.no_grad(), estimator.observe(self.block) as observer:
+            observer(self.inputs)
+        return dict(observer.sums())
+
+    def measured(self) -> dict[str, nn.Module]:
+        """Return the layers of the attention module but the output layer."""
+        name, module = self.attention
+        return {each: layer.module for each, layer in list(find_layers(module, name).items())[:-1]}
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_double(each) for each in value)
+    return value
+
+
+@pytest.fixture
+def case(tiny_model_folder: Callable[..., Path]) -> Iterator[Callable[..., Case]]:
+    walks = []
+
+    def make(family: str, samples: int = 1, tokens: int = TOKENS) -> Case:
+        ids = torch.randint(4, 260, (samples, tokens), generator=torch.Generator().manual_seed(1))
+        options = {"sliding_window": 3} if family in ("mistral", "gemma2") else {}
+        source = open_model(ModelSettings(path=str(tiny_model_folder(family, **options))))
+        walks.append(Walk(source, ids, samples, Fabric(accelerator="cpu", devices=1)).steps())
+        step = next(walks[-1])
+        step.block.module.double()
+        batch = step.inputs[0]
+        inputs = replace(
+            batch, hidden=_double(batch.hidden), kwargs={key: _double(value) for key, value in batch.kwargs.items()}
+        )
+        made = Case(step.block, inputs)
+        torch.manual_seed(0)
+        for parameter in made.attention[1].parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+        return made
+
+    yield make
+    for walk in walks:
+        walk.close()
+
+
+def _reference(case: Case, name: str, part: tuple[str, nn.Module] | None = None) -> Tensor:
+    """Return ``2 J^T J`` summed over the rows of each head and divided by their number: ``[heads, in, in]``."""
+    prefix, module = part or case.attention
+    called: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    handle = module.register_forward_pre_hook(lambda _, args, kwargs: called.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        case.inputs.run(case.block.module)
+    handle.remove()
+    args, kwargs = called[0]
+    key = f"{name.removeprefix(prefix + '.')}.weight"
+
+    def output(weight: Tensor) -> Tensor:
+        found = functional_call(module, {key: weight}, args, kwargs)
+        return (found[0] if isinstance(found, tuple) else found).flatten()
+
+    weight = module.get_parameter(key).detach()
+    jacobian = torch.autograd.functional.jacobian(output, weight)
+    if not isinstance(module.get_submodule(name.removeprefix(prefix + ".")), nn.Linear):
+        jacobian = jacobian.transpose(1, 2)  # Conv1D
+    rows = module.head_dim if part is None else jacobian.shape[1]
+    by_head = jacobian.unflatten(1, (-1, rows))  # [outputs, heads, rows, in]
+    return 2 * torch.einsum("phai,phaj->hij", by_head, by_head) / rows
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("values", ["exact", "random"])
+def test_equals_the_dense_gauss_newton_matrix(family: str, values: str, case: Callable[..., Case]) -> None:
+    made = case(family)
+    sums = made.sums(Attention(cotangent="exact", values=values))
+    for name in made.measured():
+        assert _relative(sums[name].column, _reference(made, name)) < 1e-10
+        assert torch.equal(sums[name].column, sums[name].column.transpose(1, 2))
+        assert sums[name].tokens == TOKENS
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "gpt2"])
+def test_feed_forward_modules_are_measured_at_their_output(family: str, case: Callable[..., Case]) -> None:
+    made = case(family, tokens=3)
+    sums = made.sums(Attention(cotangent="exact", mlp=True))
+    ((name, module),) = find_mlps(made.block.module).items()
+    prefix = f"{made.block.name}.{name}"
+    *before, last = find_layers(module, prefix)
+    for each in before:
+        assert _relative(sums[each].column, _reference(made, each, (prefix, module))) < 1e-10
+    assert torch.equal(sums[last].column, made.sums(Attention())[last].column)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_closed_form_of_the_values_needs_no_luck(family: str, case: Callable[..., Case]) -> None:
+    made = case(family)
+    sums = made.sums(Attention(probes=1))
+    name = list(made.measured())[-1] if family != "opt" else next(each for each in made.measured() if "v_proj" in each)
+    heads = slice(2 * made.attention[1].num_heads, None) if family == "gpt2" else slice(None)
+    assert _relative(sums[name].column[heads], _reference(made, name)[heads]) < 1e-10
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_random_cotangents_are_right_on_average_and_ones_are_not(family: str, case: Callable[..., Case]) -> None:
+    made = case(family)
+    trials = [made.sums(Attention(probes=1, values="random", seed=seed)) for seed in range(300)]
+    ones = made.sums(Attention(cotangent="ones"))
+    for name in made.measured():
+        drawn, expected = torch.stack([sums[name].column for sums in trials]), _reference(made, name)
+        error = (drawn.mean(0) - expected).abs()
+        sigma = drawn.std(0) / len(trials) ** 0.5
+        assert (error <= 3 * sigma + 1e-12).double().mean() > 0.98
+        assert _relative(drawn.mean(0), expected) < 0.15
+        assert (((ones[name].column - expected).abs() <= 3 * sigma + 1e-12).double().mean()) < 0.9
+
+
+@pytest.mark.parametrize("layer", ["q_proj", "k_proj"])
+def test_more_probes_are_nearer(layer: str, case: Callable[..., Case]) -> None:
+    made = case("llama", tokens=12)
+    name = next(name for name in made.measured() if layer in name)
+    expected = _reference(made, name)
+
+    def error(probes: int) -> float:
+        found = [made.sums(Attention(probes=probes, seed=seed))[name].column for seed in range(8)]
+        return sum(_relative(column, expected) for column in found) / len(found)
+
+    assert error(64) < 0.35 * error(2)
+
+
+def test_the_output_layer_has_the_hessian_of_its_inputs(case: Callable[..., Case]) -> None:
+    made = case("llama")
+    with torch.no_grad(), Input().observe(made.block) as observer:
+        observer(made.inputs)
+    expected, found = observer.sums(), made.sums(Attention())
+    others = found.keys() - made.measured().keys()
+    assert len(others) == 4
+    assert all(torch.equal(found[name].column, expected[name].column) for name in others)
+
+
+def test_one_hessian_for_the_layer_is_the_mean_of_the_heads(case: Callable[..., Case]) -> None:
+    made = case("llama")
+    by_head = made.sums(Attention(scope="head"))
+    whole = made.sums(Attention(scope="layer"))
+    for name in made.measured():
+        assert whole[name].column.shape[0] == 1
+        assert torch.allclose(whole[name].column[0], by_head[name].column.mean(0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize(
+    "options", [{}, {"scope": "layer"}, {"values": "random"}, {"cotangent": "ones"}, {"mlp": True}]
+)
+def test_keeps_the_contract(family: str, options: dict[str, Any], case: Callable[..., Case]) -> None:
+    made = case(family, samples=3, tokens=9)
+    check_hessian(Attention(**options), block=made.block, inputs=made.inputs)
+
+
+def test_the_first_token_says_nothing_about_queries(case: Callable[..., Case]) -> None:
+    """It attends to itself alone, whatever the query."""
+    made = case("llama", tokens=2)
+    first = made.sums(Attention())
+    x = made.inputs.hidden.clone()
+    name = next(name for name in made.measured() if "q_proj" in name)
+    rank = torch.linalg.matrix_rank(first[name].column[0]).item()
+    assert x.shape[1] == 2
+    assert rank == 1
+
+
+def test_a_block_without_attention_is_refused() -> None:
+    with pytest.raises(AptqError, match="has no attention module"), Attention().observe(tiny_block()):
+        pass
+
+
+@pytest.mark.parametrize("options", [{"probes": 0}, {"scope": "row"}, {"values": "none"}, {"cotangent": "zeros"}])
+def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(AptqError, match=f"hessian.{next(iter(options))}"):
+        Attention(**options)
+
+
+def test_the_mixing_of_effective_inputs_is_a_root_of_the_gram_matrix() -> None:
+    weight = torch.randn(10, 24, dtype=torch.float64)  # 6 heads of 4, 2 value heads
+    mixing = value_mixing(weight, 6, 2)
+    heads = weight.unflatten(1, (6, 4))
+    gram = torch.einsum("ohm,okm->hk", heads, heads)
+    for group in range(2):
+        mine = slice(3 * group, 3 * group + 3)
+        assert torch.allclose(mixing[group] @ mixing[group].T, gram[mine, mine])
+
+
+def test_signs_depend_on_their_key_alone() -> None:
+    signs = random_signs((50, 40), (0, 1, 2, 0))
+    assert torch.equal(signs, random_signs((50, 40), (0, 1, 2, 0)))
+    assert not torch.equal(signs, random_signs((50, 40), (0, 1, 2, 1)))
+    assert set(signs.unique().tolist()) == {-1, 1}
+    assert abs(signs.double().mean().item()) < 0.1
