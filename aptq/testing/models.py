@@ -30,11 +30,34 @@ if TYPE_CHECKING:
 __all__ = ["check_evaluator", "check_hessian", "tiny_block", "tiny_inputs"]
 
 
-class TinyBlock(nn.Module):
-    """A gated network with a residual: two layers share an input, a third has its own."""
+class TinyAttention(nn.Module):
+    """Causal attention: several heads of queries, one of keys and values."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    head_dim = 8
+
+    def __init__(self, width: int) -> None:
         super().__init__()
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, self.head_dim, bias=True)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return what is added to the hidden states ``[samples, tokens, width]``."""
+        projected = (self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden))
+        query, key, value = (each.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for each in projected)
+        key, value = (each.expand(-1, query.shape[1], -1, -1) for each in (key, value))
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return output
+
+
+class TinyBlock(nn.Module):
+    """A gated network with a residual, maybe behind an attention: two layers share an input, a third has its own."""
+
+    def __init__(self, width: int, hidden: int, attention: bool) -> None:
+        super().__init__()
+        self.attention = TinyAttention(width) if attention else None
         self.norm = nn.LayerNorm(width)
         self.gate_proj = nn.Linear(width, hidden, bias=False)
         self.up_proj = nn.Linear(width, hidden, bias=False)
@@ -42,18 +65,20 @@ class TinyBlock(nn.Module):
 
     def forward(self, hidden: Tensor, scale: float = 1.0) -> tuple[Tensor]:
         """Return the new hidden states in a tuple, as many decoders do."""
+        if self.attention is not None:
+            hidden = hidden + self.attention(hidden)
         x = self.norm(hidden)
         return (hidden + scale * self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)),)
 
 
-def tiny_block(width: int = 24, hidden: int = 40) -> Block:
-    """Return a seeded block of three linear layers, for estimators that need no attention."""
+def tiny_block(width: int = 24, hidden: int = 40, attention: bool = False) -> Block:
+    """Return a seeded block of three linear layers, and four more where it has an attention."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = TinyBlock(width, hidden).eval()
+        module = TinyBlock(width, hidden, attention).eval()
     layers: dict[str, Layer] = {
         f"model.layers.0.{name}": LinearLayer(f"model.layers.0.{name}", child)
-        for name, child in module.named_children()
+        for name, child in module.named_modules()
         if isinstance(child, nn.Linear)
     }
     return Block(index=0, name="model.layers.0", module=module, layers=layers)
@@ -71,7 +96,7 @@ def tiny_inputs(width: int = 24, samples: int = 6, tokens: int = 16) -> BlockInp
 def check_hessian(
     estimator: HessianEstimator, *, block: Block | None = None, inputs: BlockInputs | None = None
 ) -> None:
-    """Check an estimator on a block: give your own block and inputs where it needs attention.
+    """Check an estimator on a block: a tiny one with an attention and a gated network, or your own.
 
     Args:
         estimator: the component.
@@ -81,7 +106,7 @@ def check_hessian(
     Raises:
         AssertionError: a promise of ``aptq.api.HessianEstimator`` is broken.
     """
-    block, inputs = block or tiny_block(), inputs or tiny_inputs()
+    block, inputs = block or tiny_block(attention=True), inputs or tiny_inputs()
     expect(inputs.hidden.shape[0] >= 2, "Give at least two samples, so that batching can be told.")
     together = _observe(estimator, block, [inputs])
     _check_sums(together, block, tokens=inputs.hidden.shape[0] * inputs.hidden.shape[1])
