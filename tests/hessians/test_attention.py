@@ -14,7 +14,6 @@ from torch.func import functional_call
 from aptq.api import AptqError, Block, BlockInputs, CurvatureSum
 from aptq.calibration.walk import Walk
 from aptq.hessians.attention import Attention
-from aptq.hessians.attention_part import random_signs, value_mixing
 from aptq.hessians.input import Input
 from aptq.models import open_model
 from aptq.models.structure import find_attentions, find_layers, find_mlps
@@ -220,21 +219,3 @@ def test_a_block_without_attention_is_refused() -> None:
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(AptqError, match=f"hessian.{next(iter(options))}"):
         Attention(**options)
-
-
-def test_the_mixing_of_effective_inputs_is_a_root_of_the_gram_matrix() -> None:
-    weight = torch.randn(10, 24, dtype=torch.float64)  # 6 heads of 4, 2 value heads
-    mixing = value_mixing(weight, 6, 2)
-    heads = weight.unflatten(1, (6, 4))
-    gram = torch.einsum("ohm,okm->hk", heads, heads)
-    for group in range(2):
-        mine = slice(3 * group, 3 * group + 3)
-        assert torch.allclose(mixing[group] @ mixing[group].T, gram[mine, mine])
-
-
-def test_signs_depend_on_their_key_alone() -> None:
-    signs = random_signs((50, 40), (0, 1, 2, 0))
-    assert torch.equal(signs, random_signs((50, 40), (0, 1, 2, 0)))
-    assert not torch.equal(signs, random_signs((50, 40), (0, 1, 2, 1)))
-    assert set(signs.unique().tolist()) == {-1, 1}
-    assert abs(signs.double().mean().item()) < 0.1
