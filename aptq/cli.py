@@ -59,8 +59,10 @@ def _import_all() -> None:
     """Import what every task but the report needs: only once a config is composed, since it takes seconds.
 
     The garbage collector would go through a million new objects again and again, and finds nothing: it is off
-    meanwhile, and never looks at them later.
+    meanwhile, and never looks at them later. Once a process: later jobs of a sweep have garbage that must be found.
     """
+    if "aptq.experiment" in sys.modules:
+        return
     gc.disable()
     try:
         importlib.import_module("aptq.experiment")

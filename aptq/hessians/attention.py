@@ -67,7 +67,7 @@ class Attention:
         """Hook the block's attention modules and the inputs of all other layers.
 
         Raises:
-            AptqError: the block has no attention module, or one that does not end with its last layer.
+            AptqError: the block has no attention module, or one without linear layers.
         """
         observer = AttentionObserver(block, need_outputs, self._parts(block))
         with observer.hooked():
@@ -105,14 +105,13 @@ class AttentionLayers:
         self._of = {name: part for part in parts for name in part.layers}
         self._sums: dict[str, CurvatureSum] = {}
         self._others = InputLayers()
-        self._busy = False
 
     def hook(self, part: AttentionPart) -> Callable[..., None]:
         """Return the forward pre-hook of an attention module."""
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             del module
-            if not self._busy:
+            if part in self._calls:  # else the part itself runs the module, to measure it
                 self._calls[part].append((args, kwargs))
 
         return keep
@@ -123,12 +122,8 @@ class AttentionLayers:
         if part is None:
             return self._others.curvature_sum(layer, inputs, samples)
         if layer.name not in self._sums:
-            self._busy = True
-            try:
-                for (args, kwargs), numbers in zip(self._calls.pop(part), samples, strict=False):
-                    part.add(args, kwargs, numbers)
-            finally:
-                self._busy = False
+            for (args, kwargs), numbers in zip(self._calls.pop(part), samples, strict=True):
+                part.add(args, kwargs, numbers)
             self._sums |= part.sums()
         return self._sums.pop(layer.name)
 
