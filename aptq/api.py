@@ -143,8 +143,8 @@ class Curvature:
     """The curvature that a layer's rounding error is weighed with.
 
     ``column [heads, in, in]`` is symmetric and positive semi-definite, float32, per token and per average row (see
-    the module's docstring). ``row [heads, rows, rows]``, where an estimator gives it, is the second factor that
-    two-sided quantizers use. ``tokens`` is how many tokens reached the layer.
+    the module's docstring). ``row [heads, rows, rows]``, where an estimator gives it, is the same Hessian per average
+    *column*: the second factor that two-sided quantizers use. ``tokens`` is how many tokens reached the layer.
     """
 
     column: Tensor

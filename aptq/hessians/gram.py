@@ -23,10 +23,15 @@ def add_gram(matrix: Tensor, rows: Tensor, factor: float) -> None:
     Only the lower triangle, in strips, is brought up to date.
     """
     rows = rows.to(matrix.dtype)
-    width = rows.shape[1]
+    add_product(matrix, rows, rows, factor)
+
+
+def add_product(matrix: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:
+    """Add ``factor * L^T R``, which has to be symmetric, for ``L`` and ``R [*, width]``, as ``add_gram`` does."""
+    width = left.shape[1]
     for start in range(0, width, _STRIP):
         stop = min(start + _STRIP, width)
-        matrix[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop], alpha=factor)
+        matrix[start:stop, :stop].addmm_(left[:, start:stop].T, right[:, :stop], alpha=factor)
 
 
 def mirror(matrices: Tensor) -> None:

@@ -86,6 +86,18 @@ def case(tiny_model_folder: Callable[..., Path]) -> Iterator[Callable[..., Case]
 
 def _reference(case: Case, name: str, part: tuple[str, nn.Module] | None = None) -> Tensor:
     """Return ``2 J^T J`` summed over the rows of each head and divided by their number: ``[heads, in, in]``."""
+    by_head = _jacobian(case, name, part)
+    return 2 * torch.einsum("phai,phaj->hij", by_head, by_head) / by_head.shape[2]
+
+
+def _row_reference(case: Case, name: str) -> Tensor:
+    """Return ``2 J^T J`` summed over the columns and divided by their number: ``[heads, rows, rows]``."""
+    by_head = _jacobian(case, name, None)
+    return 2 * torch.einsum("phai,phbi->hab", by_head, by_head) / by_head.shape[3]
+
+
+def _jacobian(case: Case, name: str, part: tuple[str, nn.Module] | None) -> Tensor:
+    """Return the derivatives of the module's outputs by a layer's weight: ``[outputs, heads, rows, in]``."""
     prefix, module = part or case.attention
     called: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handle = module.register_forward_pre_hook(lambda _, args, kwargs: called.append((args, kwargs)), with_kwargs=True)
@@ -103,9 +115,8 @@ def _reference(case: Case, name: str, part: tuple[str, nn.Module] | None = None)
     jacobian = torch.autograd.functional.jacobian(output, weight)
     if not isinstance(module.get_submodule(name.removeprefix(prefix + ".")), nn.Linear):
         jacobian = jacobian.transpose(1, 2)  # Conv1D
-    rows = module.head_dim if part is None else jacobian.shape[1]
-    by_head = jacobian.unflatten(1, (-1, rows))  # [outputs, heads, rows, in]
-    return 2 * torch.einsum("phai,phaj->hij", by_head, by_head) / rows
+    by_head: Tensor = jacobian.unflatten(1, (-1, module.head_dim if part is None else jacobian.shape[1]))
+    return by_head
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:
@@ -120,6 +131,9 @@ def test_equals_the_dense_gauss_newton_matrix(family: str, values: str, case: Ca
     for name in made.measured():
         assert _relative(sums[name].column, _reference(made, name)) < 1e-10
         assert torch.equal(sums[name].column, sums[name].column.transpose(1, 2))
+        row = sums[name].row
+        assert row is not None
+        assert _relative(row, _row_reference(made, name)) < 1e-10
         assert sums[name].tokens == TOKENS
 
 
