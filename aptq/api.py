@@ -39,6 +39,7 @@ __all__ = [
     "Callback",
     "Curvature",
     "CurvatureSum",
+    "EntryGrid",
     "EvaluationText",
     "Evaluator",
     "ExportJob",
@@ -160,19 +161,29 @@ class Curvature:
         """Return the trace of the whole Hessian over all ``out * in`` weights (rows x sum of the heads' traces)."""
         return out_features / self.heads * self.column.diagonal(dim1=1, dim2=2).double().sum().item()
 
-    def quadratic(self, difference: Tensor) -> float:
-        """Return ``tr(D H D^T) / 2`` for a weight difference ``D [out, in]``: the objective's second-order change.
+    def relative_row(self) -> Tensor | None:
+        """Return ``row`` divided by its mean diagonal, so that the whole Hessian is about ``row (x) column``."""
+        if self.row is None:
+            return None
+        mean = self.row.diagonal(dim1=1, dim2=2).mean(1)
+        return self.row / torch.where(mean > 0, mean, torch.ones_like(mean))[:, None, None]
 
-        Goes over ``H`` in strips of columns: what is right of the diagonal strip equals what is below it.
+    def quadratic(self, difference: Tensor) -> float:
+        """Return ``tr(R D H D^T) / 2`` for a weight difference ``D [out, in]``: the objective's second-order change.
+
+        ``H`` is ``column`` and ``R`` is ``relative_row``, or the identity where there is none. Goes over ``H`` in
+        strips of columns: what is right of the diagonal strip equals what is below it.
         """
         difference = difference.to(self.column.dtype).reshape(self.heads, -1, difference.shape[-1])
+        row = self.relative_row()
+        mixed = difference if row is None else row @ difference
         total = torch.zeros((), dtype=torch.float64, device=self.column.device)
         for start in range(0, difference.shape[-1], _STRIP):
             strip = slice(start, start + _STRIP)
             weighed = difference[..., strip] @ self.column[:, strip, strip]
             if start:
                 weighed += 2 * (difference[..., :start] @ self.column[:, :start, strip])
-            total += torch.sum(weighed * difference[..., strip], dtype=torch.float64)
+            total += torch.sum(weighed * mixed[..., strip], dtype=torch.float64)
         return 0.5 * total.item()
 
 
@@ -260,6 +271,23 @@ class Grid(Protocol):
 
     def finish(self, codes: Tensor) -> QuantizedWeight:
         """Bind codes ``[heads, in, rows]``, in the order of *this* grid's columns, to the parameters."""
+
+
+@runtime_checkable
+class EntryGrid(Grid, Protocol):
+    """A grid that codes each weight by itself: what quantizers need that cross a weight diagonally."""
+
+    def round_entries(self, values: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Round single weights.
+
+        Args:
+            values: ``[heads, entries]``, float.
+            rows: ``[heads, entries]``, int64: the row of each in its head.
+            positions: ``[heads, entries]``, int64: where in this grid's order of columns each is.
+
+        Returns:
+            codes and what they stand for, as ``round`` gives them for a column.
+        """
 
 
 @runtime_checkable

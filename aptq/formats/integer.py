@@ -189,6 +189,15 @@ class IntegerGrid:
             scale, zero = self._by_position[position]
         else:
             scale, zero = (each[:, position] for each in self._columns)
+        return self._nearest(values, scale, zero)
+
+    def round_entries(self, values: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Round single weights to the nearest level; see ``aptq.api.EntryGrid``."""
+        head = torch.arange(values.shape[0], device=values.device)[:, None]
+        scale, zero = (each[head, positions, rows] for each in self._columns)
+        return self._nearest(values, scale, zero)
+
+    def _nearest(self, values: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         codes = torch.addcdiv(zero, values, scale).round_().clamp_(0, (1 << self.bits) - 1)
         return codes, (codes - zero).mul_(scale)
 

@@ -10,7 +10,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from aptq.api import Format, Grid, Option, QuantizedWeight
+from aptq.api import EntryGrid, Format, Grid, Option, QuantizedWeight
 from aptq.testing.assertions import (
     Shape,
     accepted,
@@ -96,9 +96,21 @@ def _round_all(grid: Grid, weight: Tensor, case: str) -> tuple[Tensor, Tensor]:
         code, value = grid.round(columns[:, position], position)
         expect_equal(value, values[:, position], f"{case}: column {position} rounded alone and with the others")
         expect_equal(code, codes[:, position], f"{case}: codes of column {position} rounded alone and with the others")
+    if isinstance(grid, EntryGrid):
+        _check_entries(grid, columns, codes, values, case)
     _, again = grid.round(values.clone(), slice(None))
     expect_equal(again, values, f"{case}: a value that round() gave, rounded again")
     return codes, values
+
+
+def _check_entries(grid: EntryGrid, columns: Tensor, codes: Tensor, values: Tensor, case: str) -> None:
+    """See that single weights, from other rows and columns in each head, are rounded as in their columns."""
+    heads, width, height = columns.shape
+    head, entry = torch.arange(heads)[:, None], torch.arange(height + 1)[None]
+    positions, rows = (5 * entry + head + 1) % width, (3 * entry + head) % height
+    code, value = grid.round_entries(columns[head, positions, rows], rows, positions)
+    expect_equal(value, values[head, positions, rows], f"{case}: round_entries() against round()")
+    expect_equal(code, codes[head, positions, rows], f"{case}: codes of round_entries() against round()")
 
 
 def _check_meaning(

@@ -1,4 +1,4 @@
-"""Functions on tensors behind the closed form of the values; ``test_attention.py`` holds the whole against Jacobians."""
+"""Functions on tensors behind the closed form of values; ``test_attention.py`` holds the whole against Jacobians."""
 
 import pytest
 import torch

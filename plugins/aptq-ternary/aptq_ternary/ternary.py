@@ -129,7 +129,15 @@ class TernaryGrid:
         """Round to the nearest of -scale, 0 and +scale; see ``aptq.api.Grid.round``."""
         heads = torch.arange(self.order.shape[0], device=self.order.device)
         group = self.order[:, position] // self.group_size  # [heads] or [heads, columns]
-        scale = self.scale[heads.view(-1, *[1] * (group.ndim - 1)), group]
+        return self._nearest(values, self.scale[heads.view(-1, *[1] * (group.ndim - 1)), group])
+
+    def round_entries(self, values: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Round single weights to the nearest level; see ``aptq.api.EntryGrid``."""
+        head = torch.arange(values.shape[0], device=values.device)[:, None]
+        group = self.order.gather(1, positions) // self.group_size
+        return self._nearest(values, self.scale[head, group, rows])
+
+    def _nearest(self, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         level = values.sign() * (values.abs() * 2 > scale)
         level = torch.where(scale > 0, level, torch.zeros_like(level))
         return (level + 1).to(torch.uint8), level * scale
