@@ -212,6 +212,27 @@ def test_statistics_are_cached_by_the_rounded_blocks_they_were_measured_behind(
         assert len({each[name] for each in costs}) == (1 if ".layers.0." in name else 3)
 
 
+@pytest.mark.parametrize("share", [100, 90, 80, 75, 70, 60, 50, 40])
+def test_the_papers_experiments_spend_the_bits_that_they_name(share: int, overrides: Callable[..., list[str]]) -> None:
+    """Never more, and less only where no layer of 2 bits fits into what is left: one of a fifteenth of the weights."""
+    run = aptq.quantize(overrides("evaluator=none", f"experiment=aptq_{share}", "format.group_size=128"))
+    named = 2 + 2 * share / 100
+    assert named - 2 / 15 < run.metrics()["bits"]["code"] <= named
+    assert {report.group_size for report in run.layers()} == {128}, "wider than the layers: one group a row"
+    assert all((report.predicted_cost is None) == (share == 100) for report in run.layers())
+
+
+@pytest.mark.parametrize("keep", ["first", "last", "alternating"])
+@pytest.mark.parametrize(("share", "blocks"), [(75, 2), (50, 1)])
+def test_the_manual_baseline_spends_whole_blocks(
+    share: int, blocks: int, keep: str, overrides: Callable[..., list[str]]
+) -> None:
+    more = ("evaluator=none", f"experiment=manual_blockwise_{share}", f"allocator.keep={keep}")
+    run = aptq.quantize(overrides(*more))
+    assert run.metrics()["bits"]["code"] == pytest.approx(2 + 2 * blocks / 3)
+    assert "measure" not in run.metrics()["seconds"]
+
+
 def test_evaluate_judges_what_quantize_wrote(overrides: Callable[..., list[str]]) -> None:
     from aptq.experiment import evaluate
 
