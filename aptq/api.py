@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from aptq.errors import AptqError
+from aptq.names import place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -402,6 +403,18 @@ class Allocation:
     def total_weights(self) -> int:
         """Weights of all layers."""
         return sum(self.num_weights(name) for name in self.shapes)
+
+    def blocks(self) -> list[list[str]]:
+        """Return the names of each block's layers, from the first block to the last.
+
+        The first number in a name tells its block; a layer without one (the head) belongs to none and is left out.
+        """
+        by_depth: dict[int, list[str]] = {}
+        for name in self.shapes:
+            depth, _ = place(name)
+            if depth is not None:
+                by_depth.setdefault(depth, []).append(name)
+        return [by_depth[depth] for depth in sorted(by_depth)]
 
 
 @runtime_checkable

@@ -21,6 +21,7 @@ from aptq.run import Run
 from aptq.settings import DataSettings, ModelSettings, RunSettings
 from aptq.targets import get_target
 from aptq.tracking import LoggerCallback
+from aptq.typed import convert
 
 
 def quantize(config: DictConfig | Sequence[str] = ()) -> Run:
@@ -62,6 +63,7 @@ def build_experiment(config: DictConfig) -> Experiment:
         callbacks=build_callbacks(plain, fabric, loggers),
         config=plain,
         plan_path=Path(plain["plan"]) if plain["plan"] else None,
+        measure_bits=convert(plain["measure_bits"], int | None, "measure_bits"),
         true_sequential=plain["true_sequential"],
         baseline=plain["baseline"],
         num_samples=plain["samples"],

@@ -26,7 +26,7 @@ from aptq.api import (
     SensitivityMetric,
 )
 from aptq.calibration.measure import STAGE as MEASURE
-from aptq.calibration.measure import measure
+from aptq.calibration.measure import Rounding, measure
 from aptq.calibration.quantize import STAGE as QUANTIZE
 from aptq.calibration.quantize import Recipe, quantize, storage_bits
 from aptq.calibration.statistics import StatisticsCache, code_fingerprint, content_key
@@ -69,6 +69,7 @@ class Experiment:
     callbacks: Callbacks
     config: Mapping[str, Any]  # the resolved config, as it is recorded
     plan_path: Path | None = None
+    measure_bits: int | None = None  # of the blocks that pass 1 leaves behind it; None: full precision
     true_sequential: bool = True
     baseline: bool = True
     num_samples: int = 2  # continuations shown in the report
@@ -78,6 +79,11 @@ class Experiment:
     def format_name(self) -> str:
         """Name of the format, as in the config."""
         return str(self.config["format"]["name"])
+
+    @property
+    def measure_option(self) -> Option | None:
+        """What pass 1 rounds each block to once it is measured, if it does."""
+        return None if self.measure_bits is None else Option(self.measure_bits, self.format.group_size)
 
 
 class Stages:
@@ -133,6 +139,12 @@ def _check_model(experiment: Experiment, source: ModelSource, options: Sequence[
     for option in options:
         for shape in set(shapes.values()):
             experiment.format.check(option, shape)
+    if experiment.measure_option is not None:
+        try:
+            for shape in set(shapes.values()):
+                experiment.format.check(experiment.measure_option, shape)
+        except AptqError as error:
+            raise AptqError(f"measure_bits={experiment.measure_bits}: {error}") from error
     experiment.target.check(options, shapes)
     check_length(experiment.data, getattr(source.config, "max_position_embeddings", None))
     if given is not None:
@@ -239,13 +251,16 @@ def _average_bits(
 def _measure(
     experiment: Experiment, source: ModelSource, walk: Walk, stages: Stages, options: Sequence[Option]
 ) -> dict[str, LayerStatistics]:
-    rounding = (experiment.quantizer, experiment.format, options) if experiment.metric.needs_errors else None
+    errors = options if experiment.metric.needs_errors else ()
+    prefix = experiment.measure_option
     parts = {
         "model": source.fingerprint(),
         "code": code_fingerprint(),
         "samples": samples_key(walk),
         "hessian": experiment.config["hessian"],
-        "rounding": [experiment.config["quantizer"], experiment.config["format"], options] if rounding else None,
+        "rounding": [experiment.config["quantizer"], experiment.config["format"], errors, prefix]
+        if errors or prefix
+        else None,
     }
     cache = StatisticsCache(experiment.cache_dir / "statistics", content_key(parts))
     with stages(MEASURE, source.num_steps, "block"):
@@ -253,7 +268,7 @@ def _measure(
             walk,
             experiment.estimator,
             layers=list(source.layer_shapes()),
-            rounding=rounding,
+            rounding=Rounding(quantizer=experiment.quantizer, format=experiment.format, errors=errors, prefix=prefix),
             cache=cache,
             callbacks=experiment.callbacks,
         )

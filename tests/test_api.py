@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aptq.api import Curvature, Option
+from aptq.api import Allocation, Curvature, Option
 
 
 @pytest.mark.parametrize("width", [40, 512, 1100])
@@ -20,3 +20,9 @@ def test_quadratic_and_trace_against_the_dense_hessian(width: int) -> None:
 @pytest.mark.parametrize(("group_size", "groups"), [(64, 9), (128, 5), (-1, 1), (576, 1)])
 def test_groups_round_up(group_size: int, groups: int) -> None:
     assert Option(4, group_size).num_groups(576) == groups
+
+
+def test_blocks_are_told_by_the_first_number_of_a_name() -> None:
+    names = ["h.10.attn", "h.2.attn", "h.2.experts.7.up", "h.10.up", "lm_head"]
+    problem = Allocation(shapes=dict.fromkeys(names, (1, 1)), options=[], costs={}, storage_bits={})
+    assert problem.blocks() == [["h.2.attn", "h.2.experts.7.up"], ["h.10.attn", "h.10.up"]]

@@ -32,6 +32,38 @@ def test_every_component_config_builds_what_it_names(kind: str) -> None:
             assert build(kind, section) is not None
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (config.CONF / "experiment").glob("*.yaml")))
+def test_every_experiment_composes_and_its_components_build(name: str) -> None:
+    composed = config.compose([f"experiment={name}"])
+    assert composed.task == "quantize"
+    for kind in ("hessian", "metric", "allocator", "format", "quantizer", "exporter", "evaluator"):
+        assert build(kind, composed[kind]) is not None
+
+
+@pytest.mark.parametrize("share", [100, 90, 80, 75, 70, 60, 50, 40])
+def test_the_papers_experiments_differ_in_their_ratio_only(share: int) -> None:
+    composed, base = config.compose([f"experiment=aptq_{share}"]), config.compose(["experiment=aptq"])
+    assert composed.allocator == {"name": "ratio", "ratio": share / 100, "high": 4, "low": 2}
+    base.allocator.ratio = share / 100
+    assert composed == base
+    assert (composed.hessian.name, composed.metric.name, composed.quantizer.name) == ("attention", "trace", "gptq")
+    assert (composed.measure_bits, composed.format.group_size, composed.format.clip_steps) == (4, 128, 0)
+    assert (composed.data.num_samples, composed.data.sequence_length) == (128, 2048)
+
+
+@pytest.mark.parametrize("share", [75, 50])
+def test_the_manual_baseline_differs_from_the_papers_experiment_in_its_allocator_only(share: int) -> None:
+    manual, ranked = (config.compose([f"experiment={name}_{share}"]) for name in ("manual_blockwise", "aptq"))
+    assert manual.allocator == {"name": "blockwise", "ratio": share / 100, "high": 4, "low": 2, "keep": "first"}
+    manual.allocator = ranked.allocator
+    assert manual == ranked
+
+
+def test_the_command_line_has_the_last_word_on_an_experiment() -> None:
+    composed = config.compose(["experiment=aptq_75", "measure_bits=null", "allocator.ratio=0.65", "data=c4"])
+    assert (composed.measure_bits, composed.allocator.ratio, composed.data.source) == (None, 0.65, "hub")
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [

@@ -167,6 +167,8 @@ def test_another_config_does_not_take_up_a_run(overrides: Callable[..., list[str
         (["data.num_sample=3"], "num_samples"),
         (["+quantizer.damp=0.1"], "damping"),
         (["allocator=uniform", "allocator.bits=9"], "2 to 8 bits"),
+        (["measure_bits=9"], "measure_bits=9: .*2 to 8 bits"),
+        (["measure_bits=four"], "measure_bits cannot be 'four'"),
         (["format.group_size=48"], "multiples of 32"),
         (["target=vlm"], "native"),
         (["data.path=nowhere.txt"], "nowhere.txt"),
@@ -192,6 +194,43 @@ def test_a_budget_sweep_measures_once(overrides: Callable[..., list[str]]) -> No
     run = aptq.quantize(overrides("evaluator=none", "allocator.ratio=0.25", folder="second"))
     first = aptq.Run.read(run.folder.parent / "first").metrics()["seconds"]
     assert run.metrics()["seconds"]["measure"] < 0.5 * first["measure"] + 0.05
+
+
+def test_statistics_are_cached_by_the_rounded_blocks_they_were_measured_behind(
+    overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """In full precision, behind 4 bits, behind 4 bits of another quantizer; then the second once more."""
+    walks = ([], ["measure_bits=4"], ["measure_bits=4", "quantizer=nearest"], ["measure_bits=4", "allocator.ratio=0.3"])
+    costs, cached = [], []
+    for number, more in enumerate(walks):
+        run = aptq.quantize(overrides("evaluator=none", "metric=trace", *more, folder=str(number)))
+        costs.append({report.name: report.predicted_cost for report in run.layers()})
+        cached.append(len(list((tmp_path / "cache" / "statistics").iterdir())))
+    assert cached == [1, 2, 3, 3]
+    assert costs[1] == costs[3]
+    for name in costs[0]:
+        assert len({each[name] for each in costs}) == (1 if ".layers.0." in name else 3)
+
+
+@pytest.mark.parametrize("share", [100, 90, 80, 75, 70, 60, 50, 40])
+def test_the_papers_experiments_spend_the_bits_that_they_name(share: int, overrides: Callable[..., list[str]]) -> None:
+    """Never more, and less only where no layer of 2 bits fits into what is left: one of a fifteenth of the weights."""
+    run = aptq.quantize(overrides("evaluator=none", f"experiment=aptq_{share}", "format.group_size=128"))
+    named = 2 + 2 * share / 100
+    assert named - 2 / 15 < run.metrics()["bits"]["code"] <= named
+    assert {report.group_size for report in run.layers()} == {128}, "wider than the layers: one group a row"
+    assert all((report.predicted_cost is None) == (share == 100) for report in run.layers())
+
+
+@pytest.mark.parametrize("keep", ["first", "last", "alternating"])
+@pytest.mark.parametrize(("share", "blocks"), [(75, 2), (50, 1)])
+def test_the_manual_baseline_spends_whole_blocks(
+    share: int, blocks: int, keep: str, overrides: Callable[..., list[str]]
+) -> None:
+    more = ("evaluator=none", f"experiment=manual_blockwise_{share}", f"allocator.keep={keep}")
+    run = aptq.quantize(overrides(*more))
+    assert run.metrics()["bits"]["code"] == pytest.approx(2 + 2 * blocks / 3)
+    assert "measure" not in run.metrics()["seconds"]
 
 
 def test_evaluate_judges_what_quantize_wrote(overrides: Callable[..., list[str]]) -> None:
@@ -234,6 +273,27 @@ def test_two_ranks_agree_with_one(overrides: Callable[..., list[str]], tmp_path:
     shares = [_share_of_other_codes(one[name], two[name]) for name in one if name.endswith("qweight")]
     assert max(shares) < 0.05, "more codes differ than the order of float32 sums explains"
     assert sum(shares) / len(shares) < 0.02
+
+
+@pytest.mark.distributed
+def test_two_ranks_measure_behind_the_same_rounded_blocks(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    # Nearest rounding: see above; each rank rounds the layers that it owns, and the traces are sums over both.
+    plan = ["evaluator=none", "metric=trace", "measure_bits=2", "quantizer=nearest"]
+    aptq.quantize(overrides(*plan, folder="one"))
+    done = subprocess.run(
+        [sys.executable, "-m", "aptq", *overrides(*plan, "fabric=two_ranks", f"cache_dir={tmp_path / 'other'}")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        {report.name: report.predicted_cost for report in aptq.Run.read(tmp_path / folder).layers()}
+        for folder in ("one", "run")
+    )
+    assert one == pytest.approx(two, rel=1e-4)
 
 
 def _share_of_other_codes(one: torch.Tensor, two: torch.Tensor) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from aptq.api import Allocation, AptqError, Option
+from aptq.allocators.share import check_share, room
+from aptq.api import Allocation, Option
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,7 @@ class Ratio:
     low: int = 2
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.ratio <= 1.0:
-            raise AptqError(f"allocator.ratio={self.ratio} is not allowed; it is a share of the weights, from 0 to 1.")
-        if self.low >= self.high:
-            raise AptqError(f"allocator.low={self.low} must be below allocator.high={self.high}.")
+        check_share(self.ratio, self.high, self.low)
 
     @property
     def needs_costs(self) -> bool:
@@ -40,7 +38,7 @@ class Ratio:
         by_bits = {option.bits: option for option in problem.options}
         low, high = by_bits[self.low], by_bits[self.high]
         plan = dict.fromkeys(problem.shapes, low)
-        left = self.ratio * problem.total_weights * (1 + 1e-9)
+        left = room(self.ratio, problem)
         scores = self._scores(problem, low, high) if self.needs_costs else dict.fromkeys(plan, 0.0)
         for name in sorted(plan, key=lambda name: -scores[name]):
             if problem.num_weights(name) <= left:

@@ -1,10 +1,12 @@
-"""Pass 1: what every layer is like, on full-precision inputs."""
+"""Pass 1: what every layer is like, on the inputs of the full-precision model or of one with rounded blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
+from torch import Tensor
 
 from aptq.api import (
     Block,
@@ -12,16 +14,32 @@ from aptq.api import (
     Curvature,
     Format,
     HessianEstimator,
+    Layer,
     LayerStatistics,
     Option,
     Quantizer,
 )
 from aptq.calibration.observe import observe
-from aptq.calibration.rounding import Preparations
+from aptq.calibration.rounding import Preparations, share_layer
 from aptq.calibration.statistics import StatisticsCache
-from aptq.calibration.walk import Walk
+from aptq.calibration.walk import Step, Walk
 
 STAGE = "measure"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What pass 1 rounds, and with what.
+
+    ``errors``: every layer at each of these options, to fill ``LayerStatistics.errors``. ``prefix``: every block at
+    this option once it has been observed, so that later blocks are measured on what a quantized model feeds them
+    (APTQ, DAC 2024, algorithm 1, step 1); None leaves the model in full precision.
+    """
+
+    quantizer: Quantizer
+    format: Format
+    errors: Sequence[Option] = ()
+    prefix: Option | None = None
 
 
 def measure(
@@ -29,14 +47,14 @@ def measure(
     estimator: HessianEstimator,
     *,
     layers: Sequence[str],
-    rounding: tuple[Quantizer, Format, Sequence[Option]] | None,
+    rounding: Rounding,
     cache: StatisticsCache,
     callbacks: Callback,
 ) -> dict[str, LayerStatistics]:
     """Return the statistics of ``layers`` by name, in the order of the model.
 
-    ``rounding`` fills ``errors`` at each of its options; None leaves them empty. Blocks whose statistics are cached
-    are run but not observed, and when all are, the model is not walked at all.
+    Blocks whose statistics are cached are run but not measured again (with a ``prefix`` they are observed, to be
+    rounded), and when all are, the model is not walked at all.
     """
     num_blocks = walk.source.num_steps
     cached = [cache.load(index) for index in range(num_blocks)]
@@ -48,12 +66,14 @@ def measure(
         index = step.block.index
         callbacks.on_advance(stage=STAGE, done=index, detail=step.block.name)
         rows = cached[index]
+        if index + 1 == num_blocks:  # it feeds no other block
+            rounding = replace(rounding, prefix=None)
         if rows is None:
-            observed = observe(step, estimator, walk, need_outputs=True)
-            mine = {name: value for name, value in observed.curvatures.items() if name in wanted}
-            rows = _gather(_measure_layers(step.block, mine, rounding), step.block, walk.fabric.world_size)
+            rows = _measure_block(step, estimator, walk, wanted, rounding)
             if walk.fabric.global_rank == 0:
                 cache.save(index, rows)
+        elif rounding.prefix is not None:
+            _measure_block(step, estimator, walk, wanted, replace(rounding, errors=()))
         else:
             step.run()
         statistics.update((entry.name, entry) for entry in rows)
@@ -61,24 +81,46 @@ def measure(
     return statistics
 
 
-def _measure_layers(
-    block: Block, curvatures: Mapping[str, Curvature], rounding: tuple[Quantizer, Format, Sequence[Option]] | None
+def _measure_block(
+    step: Step, estimator: HessianEstimator, walk: Walk, wanted: Collection[str], rounding: Rounding
 ) -> list[LayerStatistics]:
-    prepared = None if rounding is None else Preparations(rounding[0])
-    rows = []
-    for name, curvature in curvatures.items():
-        layer = block.layers[name]
-        errors: dict[Option, float] = {}
-        if rounding is not None and prepared is not None:
-            quantizer, format, options = rounding
-            factors, _ = prepared.of(curvature)
-            weight = layer.weight().float()
-            for option in options:
-                rounded = quantizer.quantize(weight, factors, format, option)
-                errors[option] = curvature.quadratic(weight - format.dequantize(rounded.weight, option))
-        trace = curvature.trace(layer.shape[0])
-        rows.append(LayerStatistics(name=name, shape=layer.shape, tokens=curvature.tokens, trace=trace, errors=errors))
-    return rows
+    """Measure a block's layers on their owner ranks; leave the block, and its outputs, rounded if there is a prefix."""
+    observed = observe(step, estimator, walk, need_outputs=rounding.prefix is None)
+    prepared = Preparations(rounding.quantizer)
+    rows: list[LayerStatistics] = []
+    packed: dict[str, dict[str, Tensor]] = {}
+    for name, curvature in observed.curvatures.items():
+        if name in wanted:
+            prepared.keep([curvature])  # factors take as much memory as the curvature
+            row, tensors = _measure_layer(step.block.layers[name], curvature, rounding, prepared)
+            rows.append(row)
+            packed.update({} if tensors is None else {name: tensors})
+    if rounding.prefix is not None:
+        for name, owner in observed.owners.items():
+            if name in wanted:
+                layer, tensors = step.block.layers[name], packed.pop(name, None)
+                share_layer(layer, tensors, owner, rounding.format, rounding.prefix, walk.fabric)
+        step.run()
+    return _gather(rows, step.block, walk.fabric.world_size)
+
+
+def _measure_layer(
+    layer: Layer, curvature: Curvature, rounding: Rounding, prepared: Preparations
+) -> tuple[LayerStatistics, dict[str, Tensor] | None]:
+    """Return a layer's statistics and, if there is a prefix, its packed tensors."""
+    errors: dict[Option, float] = {}
+    packed = None
+    format, prefix = rounding.format, rounding.prefix
+    for option in dict.fromkeys([*rounding.errors, *([] if prefix is None else [prefix])]):
+        weight = layer.weight().float()
+        rounded = rounding.quantizer.quantize(weight, prepared.of(curvature)[0], format, option).weight
+        if option in rounding.errors:
+            errors[option] = curvature.quadratic(weight - format.dequantize(rounded, option))
+        if option == prefix:
+            packed = format.pack(rounded, option)
+    trace = curvature.trace(layer.shape[0])
+    row = LayerStatistics(name=layer.name, shape=layer.shape, tokens=curvature.tokens, trace=trace, errors=errors)
+    return row, packed
 
 
 def _gather(rows: list[LayerStatistics], block: Block, world_size: int) -> list[LayerStatistics]:

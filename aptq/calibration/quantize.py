@@ -23,9 +23,8 @@ from aptq.api import (
     Quantizer,
     SequentialEstimator,
 )
-from aptq.calibration.distribute import broadcast_tensors
 from aptq.calibration.observe import Observed, observe, observe_in_turn
-from aptq.calibration.rounding import Preparations, round_layer
+from aptq.calibration.rounding import Preparations, round_layer, set_from_packed, share_layer
 from aptq.calibration.walk import Step, Walk
 from aptq.models.structure import has_experts
 
@@ -85,11 +84,7 @@ def _restore(block: Block, recipe: Recipe, tensors: Mapping[str, Tensor], device
     """Put the dequantized weights of stored packed tensors into a block."""
     for name, option, layer in _planned(block, recipe):
         packed = {key: tensors[f"{name}.{key}"].to(device) for key in recipe.format.packed_layout(option, layer.shape)}
-        _set_from_packed(layer, packed, recipe.format, option)
-
-
-def _set_from_packed(layer: Layer, packed: Mapping[str, Tensor], format: Format, option: Option) -> None:
-    layer.set_weight(format.dequantize(format.unpack(packed, option, layer.shape), option))
+        set_from_packed(layer, packed, recipe.format, option)
 
 
 def _planned(block: Block, recipe: Recipe) -> list[tuple[str, Option, Layer]]:
@@ -117,9 +112,8 @@ def _quantize_block(
                 rows[name], packed[name] = _quantize_layer(layer, curvature, recipe, planned[name], prepared)
         for name, owner in observed.owners.items():
             if name in planned:
-                layout = recipe.format.packed_layout(planned[name], block.layers[name].shape)
-                tensors = broadcast_tensors(packed.pop(name, None), layout, owner, walk.fabric)
-                _set_from_packed(block.layers[name], tensors, recipe.format, planned[name])
+                layer = block.layers[name]
+                tensors = share_layer(layer, packed.pop(name, None), owner, recipe.format, planned[name], walk.fabric)
                 stored.update((f"{name}.{key}", tensor.cpu()) for key, tensor in tensors.items())
                 reports[name] = walk.fabric.broadcast(rows.get(name), src=owner)  # type: ignore[assignment]
                 callbacks.on_layer_end(stage=STAGE, report=reports[name])

@@ -1,13 +1,18 @@
-"""Rounding one layer, with the figures that tell how well it went."""
+"""Rounding one layer, with the figures that tell how well it went, and handing the result to all ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from aptq.api import Curvature, Factors, Format, Option, QuantizedWeight, Quantizer
+from aptq.api import Curvature, Factors, Format, Layer, Option, QuantizedWeight, Quantizer
+from aptq.calibration.distribute import broadcast_tensors
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 
 class Preparations:
@@ -61,3 +66,17 @@ def round_layer(
         error_nearest=curvature.quadratic(weight - nearest),
         signal=curvature.quadratic(weight),
     )
+
+
+def share_layer(
+    layer: Layer, packed: Mapping[str, Tensor] | None, owner: int, format: Format, option: Option, fabric: Fabric
+) -> dict[str, Tensor]:
+    """Put a layer's packed tensors, which its owner rank has, in place of its weight on all ranks; return them."""
+    tensors = broadcast_tensors(packed, format.packed_layout(option, layer.shape), owner, fabric)
+    set_from_packed(layer, tensors, format, option)
+    return tensors
+
+
+def set_from_packed(layer: Layer, packed: Mapping[str, Tensor], format: Format, option: Option) -> None:
+    """Give a layer the weight that packed tensors stand for."""
+    layer.set_weight(format.dequantize(format.unpack(packed, option, layer.shape), option))

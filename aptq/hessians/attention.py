@@ -67,7 +67,8 @@ class Attention:
         """Hook the block's attention modules and the inputs of all other layers.
 
         Raises:
-            AptqError: the block has no attention module, or one without linear layers.
+            AptqError: the block has no attention module, or one without linear layers. A head, which is a step of
+                the walk without being a block, has the Hessian of its inputs.
         """
         observer = AttentionObserver(block, need_outputs, self._parts(block))
         with observer.hooked():
@@ -86,7 +87,8 @@ class Attention:
 
     def _parts(self, block: Block) -> list[AttentionPart]:
         modules = find_attentions(block.module)
-        if not modules:
+        head = any(layer.module is block.module for layer in block.layers.values())
+        if not modules and not head:
             raise AptqError(
                 f"{block.name} has no attention module (one whose class is called so), and hessian=attention measures "
                 "at its output; use hessian=input."

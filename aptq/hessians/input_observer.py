@@ -90,7 +90,7 @@ class InputObserver:
             return None
         finally:
             self._seen.clear()
-        if not self.need_outputs and sorted(self._called) == sorted(self.block.layers):
+        if not self.need_outputs and self._called and sorted(self._called) == sorted(self.block.layers):
             self._last = self._called[-1]
         return outputs
 

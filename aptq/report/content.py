@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aptq.api import LayerReport
+from aptq.names import place
 from aptq.run import Run
 from aptq.run_folder import CONFIG
 
@@ -112,18 +113,6 @@ def collect(run: Run) -> Content:
         dampings=sorted(Counter(report.damping for report in layers).items()),
         config=(run.folder / CONFIG).read_text(encoding="utf-8"),
     )
-
-
-def place(name: str) -> tuple[int | None, str]:
-    """Split a layer's name into depth and kind: ``model.layers.3.mlp.up_proj`` into 3 and ``mlp.up_proj``.
-
-    Experts of a mixture share a kind, as ``mlp.experts.*.up_proj``; a layer outside the blocks has no depth.
-    """
-    parts = name.split(".")
-    depth = next((at for at, part in enumerate(parts) if part.isdigit()), None)
-    if depth is None:
-        return None, name
-    return int(parts[depth]), ".".join("*" if part.isdigit() else part for part in parts[depth + 1 :])
 
 
 def _judged(metrics: Mapping[str, Any]) -> list[Judged]:

@@ -10,7 +10,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from aptq.api import Callback, Curvature, LayerReport, LayerStatistics, Option
-from aptq.calibration.measure import measure
+from aptq.calibration.measure import Rounding, measure
 from aptq.calibration.quantize import Recipe, quantize
 from aptq.calibration.statistics import StatisticsCache, content_key
 from aptq.calibration.walk import Step, Walk
@@ -36,7 +36,7 @@ def _measure(walk: Walk, cache: StatisticsCache, rounding: bool = True) -> dict[
         walk,
         Input(),
         layers=list(walk.source.layer_shapes()),
-        rounding=(GPTQ(), Integer(), OPTIONS) if rounding else None,
+        rounding=Rounding(quantizer=GPTQ(), format=Integer(), errors=OPTIONS if rounding else ()),
         cache=cache,
         callbacks=Callback(),
     )
@@ -240,7 +240,7 @@ def test_attention_hessians_go_through_both_passes(family: str, tiny_model_folde
         walk,
         Attention(),
         layers=list(walk.source.layer_shapes()),
-        rounding=None,
+        rounding=Rounding(quantizer=GPTQ(), format=Integer()),
         cache=StatisticsCache(tmp_path, "key"),
         callbacks=Callback(),
     )

@@ -16,7 +16,7 @@ from aptq.calibration.walk import Walk
 from aptq.hessians.attention import Attention
 from aptq.hessians.input import Input
 from aptq.models import open_model
-from aptq.models.structure import find_attentions, find_layers, find_mlps
+from aptq.models.structure import LinearLayer, find_attentions, find_layers, find_mlps
 from aptq.settings import ModelSettings
 from aptq.testing import check_hessian
 from aptq.testing.models import tiny_block
@@ -227,6 +227,19 @@ def test_the_first_token_says_nothing_about_queries(case: Callable[..., Case]) -
 def test_a_block_without_attention_is_refused() -> None:
     with pytest.raises(AptqError, match="has no attention module"), Attention().observe(tiny_block()):
         pass
+
+
+def test_a_head_has_the_hessian_of_its_inputs() -> None:
+    module = nn.Linear(8, 20, bias=False)
+    block = Block(index=3, name="lm_head", module=module, layers={"lm_head": LinearLayer("lm_head", module)})
+    inputs = BlockInputs(hidden=torch.randn(2, 5, 8), args=(), kwargs={})
+    sums = []
+    for estimator in (Attention(), Input()):
+        with torch.no_grad(), estimator.observe(block) as observer:
+            observer(inputs)
+        sums.append(observer.sums()["lm_head"])
+    assert torch.equal(sums[0].column, sums[1].column)
+    assert sums[0].tokens == sums[1].tokens == 10
 
 
 @pytest.mark.parametrize("options", [{"probes": 0}, {"scope": "row"}, {"values": "none"}, {"cotangent": "zeros"}])

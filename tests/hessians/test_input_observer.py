@@ -1,5 +1,7 @@
 """Gram matrices of the inputs of a block's layers, collected while it runs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -72,3 +74,10 @@ def test_a_layer_that_is_never_called_has_zeros() -> None:
     sums, _ = _observed()
     assert sums["b.unused"].tokens == 0
     assert not sums["b.unused"].column.any()
+
+
+def test_a_block_without_layers_to_watch_is_run_to_its_end() -> None:
+    block = replace(tiny_block(), layers={})
+    with torch.no_grad(), Input().observe(block, need_outputs=False) as observer:
+        assert observer(BlockInputs(hidden=torch.randn(2, 9, 24), args=(), kwargs={})) is not None
+    assert observer.sums() == {}

@@ -12,7 +12,7 @@ from aptq.api import LayerReport, Option
 from aptq.errors import AptqError
 from aptq.plan import Plan
 from aptq.report import write_report
-from aptq.report.content import collect, place
+from aptq.report.content import collect
 from aptq.run import Run
 from aptq.settings import RunSettings
 
@@ -154,19 +154,6 @@ def test_layers_are_laid_out_by_kind_and_depth(tmp_path: Path) -> None:
     assert [cell.level for cell in content.errors.cells[0] if cell] == pytest.approx([0, 0.461, 0.730], abs=1e-3)
     assert [(width.bits, width.layers) for width in content.widths] == [(3, 5), (4, 4), (8, 1)]
     assert sum(width.share or 0 for width in content.widths) == pytest.approx(1)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("model.layers.3.mlp.up_proj", (3, "mlp.up_proj")),
-        ("transformer.h.11.attn.c_attn", (11, "attn.c_attn")),
-        ("model.layers.0.mlp.experts.7.w1", (0, "mlp.experts.*.w1")),
-        ("lm_head", (None, "lm_head")),
-    ],
-)
-def test_depth_and_kind_are_read_from_names(name: str, expected: tuple[int | None, str]) -> None:
-    assert place(name) == expected
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
