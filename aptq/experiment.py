@@ -63,6 +63,7 @@ def build_experiment(config: DictConfig) -> Experiment:
         config=plain,
         plan_path=Path(plain["plan"]) if plain["plan"] else None,
         true_sequential=plain["true_sequential"],
+        prefix=plain["prefix"],
         baseline=plain["baseline"],
         num_samples=plain["samples"],
         cache_dir=Path(plain["cache_dir"]).expanduser(),

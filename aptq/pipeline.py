@@ -27,8 +27,8 @@ from aptq.api import (
 )
 from aptq.calibration.measure import STAGE as MEASURE
 from aptq.calibration.measure import measure
+from aptq.calibration.quantize import PREFIXES, Recipe, quantize, storage_bits, stored_logits
 from aptq.calibration.quantize import STAGE as QUANTIZE
-from aptq.calibration.quantize import Recipe, quantize, storage_bits
 from aptq.calibration.statistics import StatisticsCache, code_fingerprint, content_key
 from aptq.calibration.walk import Walk
 from aptq.callbacks import Callbacks
@@ -41,7 +41,7 @@ from aptq.plan import Plan, check_plan, read_plan
 from aptq.run import Run
 from aptq.settings import DataSettings, ModelSettings, RunSettings
 from aptq.targets import Target
-from aptq.verify import verify
+from aptq.verify import CHECKED, verify
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -70,6 +70,7 @@ class Experiment:
     config: Mapping[str, Any]  # the resolved config, as it is recorded
     plan_path: Path | None = None
     true_sequential: bool = True
+    prefix: str = "quantized"
     baseline: bool = True
     num_samples: int = 2  # continuations shown in the report
     cache_dir: Path = field(default_factory=lambda: Path("~/.cache/aptq").expanduser())
@@ -142,6 +143,8 @@ def _check_model(experiment: Experiment, source: ModelSource, options: Sequence[
 def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
     """Check what can be checked without the model; return the options in play and the given plan, if any."""
     check_data(experiment.data, evaluate=experiment.evaluator is not None)
+    if experiment.prefix not in PREFIXES:
+        raise AptqError(f"prefix={experiment.prefix!r} is not known; use one of {', '.join(PREFIXES)}.")
     given = None
     if experiment.plan_path is None:
         bits = experiment.allocator.bit_options()
@@ -276,19 +279,23 @@ def _quantize(experiment: Experiment, walk: Walk, run: Run, stages: Stages, plan
         plan=plan.layers,
         costs=plan.layer_costs,
         true_sequential=experiment.true_sequential,
+        prefix=experiment.prefix,
     )
     with stages(QUANTIZE, blocks, "block"):
         reports = quantize(walk, recipe, run, experiment.callbacks)
     if experiment.fabric.global_rank == 0:
         run.write_layers_csv(reports)
         with stages("export"):
-            _export(experiment, walk, run, plan)
+            _export(experiment, walk, run, recipe)
 
 
-def _export(experiment: Experiment, walk: Walk, run: Run, plan: Plan) -> None:
+def _export(experiment: Experiment, walk: Walk, run: Run, recipe: Recipe) -> None:
     """Write the model under a temporary name, see that it loads and agrees, then give it its name."""
+    # Behind full-precision blocks the walk ends on the original model: the quantized one has to be run for the check.
+    quantized = recipe.prefix == "quantized"
+    expected = walk.logits(CHECKED) if quantized else stored_logits(walk.beginning(CHECKED), recipe, run)
     job = ExportJob(
-        plan=plan.layers,
+        plan=recipe.plan,
         format=experiment.format,
         format_config=experiment.config["format"],
         packed=run.packed,
@@ -300,7 +307,7 @@ def _export(experiment: Experiment, walk: Walk, run: Run, plan: Plan) -> None:
     )
     with new_folder(run.model_folder, "the model") as draft:
         experiment.exporter.export(job, draft)
-        verify(draft, walk, experiment.backend)
+        verify(draft, walk, expected, experiment.backend)
 
 
 def _finish(experiment: Experiment, source: ModelSource, run: Run, stages: Stages, plan: Plan) -> dict[str, Any]:

@@ -176,6 +176,7 @@ def test_another_config_does_not_take_up_a_run(overrides: Callable[..., list[str
         (["model.skip=[nothing_like_it]"], "nothing_like_it"),
         (["fabric.accelerator=abacus"], "abacus"),
         (["plan=nowhere.json"], "nowhere.json"),
+        (["prefix=half"], "quantized, full_precision"),
         (["backend=nonsense"], "nonsense"),
     ],
 )

@@ -80,6 +80,10 @@ class Walk:
         # Fabric's precision is for float32 models; others run in the dtype that they were stored in.
         self.autocast = fabric.autocast if source.dtype == torch.float32 else nullcontext
 
+    def beginning(self, tokens: int) -> Walk:
+        """Return a walk of its own with the first ``tokens`` of the first sample."""
+        return Walk(self.source, self.samples[:1, :tokens], 1, self.fabric)
+
     def steps(self) -> Iterator[Step]:
         """Yield each block in turn, then the head if it is to be quantized; raise as ``blocks`` does."""
         yield from self.blocks()

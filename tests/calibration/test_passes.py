@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aptq.api import Callback, Curvature, LayerReport, LayerStatistics, Option
 from aptq.calibration.measure import measure
-from aptq.calibration.quantize import Recipe, quantize
+from aptq.calibration.quantize import Recipe, quantize, stored_logits
 from aptq.calibration.statistics import StatisticsCache, content_key
 from aptq.calibration.walk import Step, Walk
 from aptq.formats.integer import Integer
@@ -222,6 +222,37 @@ def test_the_walk_goes_on_with_the_rounded_block(family: str, true_sequential: b
         assert torch.equal(walk.logits(), again.logits())
         logits.append(walk.logits())
     assert torch.allclose(*logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_behind_the_original_blocks_every_layer_sees_what_pass_1_saw(
+    family: str, tiny_model_folder: Folder, tmp_path: Path
+) -> None:
+    statistics = _measure(_walk(tiny_model_folder(family)), StatisticsCache(tmp_path, "key"), rounding=False)
+    walk, store = _walk(tiny_model_folder(family)), _Memory()
+    recipe = replace(_recipe(walk, bits=2), prefix="full_precision")
+    reports = quantize(walk, recipe, store, Callback())
+    for report in reports:
+        trace = statistics[report.name].trace / statistics[report.name].num_weights
+        assert report.trace == trace, report.name
+    original = _walk(tiny_model_folder(family))
+    for step in original.steps():
+        step.run()
+    assert torch.equal(walk.logits(), original.logits())
+    stored = stored_logits(walk.beginning(64), recipe, store)
+    assert (stored - original.logits()).abs().max() > 0.1, "two bits do change a model"
+    again, resumed = _walk(tiny_model_folder(family)), _Memory()
+    resumed.blocks = {0: store.blocks[0], 1: store.blocks[1]}
+    quantize(again, recipe, resumed, Callback())
+    assert _same(store, resumed)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_stored_blocks_end_in_the_logits_of_the_walk_that_rounded_them(family: str, tiny_model_folder: Folder) -> None:
+    walk, store = _walk(tiny_model_folder(family), batch_size=1), _Memory()
+    quantize(walk, _recipe(walk), store, Callback())
+    again = _walk(tiny_model_folder(family))
+    assert torch.equal(stored_logits(again.beginning(64), _recipe(walk), store), walk.logits())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2_moe"])
