@@ -18,7 +18,8 @@ from aptq.formats.integer import Integer
 from aptq.hessians.attention import Attention
 from aptq.hessians.input import Input
 from aptq.models import open_model
-from aptq.quantizers.gptq import GPTQ, GPTQFactors
+from aptq.quantizers.columns import Feedback
+from aptq.quantizers.gptq import GPTQ
 from aptq.quantizers.nearest import Nearest
 from aptq.settings import ModelSettings
 
@@ -200,7 +201,7 @@ def test_layers_that_share_their_input_share_its_preparation(true_sequential: bo
     prepared = []
 
     class Counting(GPTQ):
-        def prepare(self, curvature: Curvature) -> GPTQFactors:
+        def prepare(self, curvature: Curvature) -> Feedback:
             prepared.append(curvature.column.shape)
             return super().prepare(curvature)
 
