@@ -65,6 +65,7 @@ def build_experiment(config: DictConfig) -> Experiment:
         plan_path=Path(plain["plan"]) if plain["plan"] else None,
         measure_bits=convert(plain["measure_bits"], int | None, "measure_bits"),
         true_sequential=plain["true_sequential"],
+        prefix=plain["prefix"],
         baseline=plain["baseline"],
         num_samples=plain["samples"],
         cache_dir=Path(plain["cache_dir"]).expanduser(),

@@ -15,6 +15,7 @@ from aptq.api import (
     Allocator,
     AptqError,
     Callback,
+    DriftEstimator,
     Evaluator,
     Exporter,
     ExportJob,
@@ -27,8 +28,9 @@ from aptq.api import (
 )
 from aptq.calibration.measure import STAGE as MEASURE
 from aptq.calibration.measure import Rounding, measure
+from aptq.calibration.quantize import PREFIXES, Recipe, quantize, storage_bits, stored_logits
 from aptq.calibration.quantize import STAGE as QUANTIZE
-from aptq.calibration.quantize import Recipe, quantize, storage_bits
+from aptq.calibration.rounding import needs_drift
 from aptq.calibration.statistics import StatisticsCache, code_fingerprint, content_key
 from aptq.calibration.walk import Walk
 from aptq.callbacks import Callbacks
@@ -41,7 +43,7 @@ from aptq.plan import Plan, check_plan, read_plan
 from aptq.run import Run
 from aptq.settings import DataSettings, ModelSettings, RunSettings
 from aptq.targets import Target
-from aptq.verify import verify
+from aptq.verify import CHECKED, verify
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -71,6 +73,7 @@ class Experiment:
     plan_path: Path | None = None
     measure_bits: int | None = None  # of the blocks that pass 1 leaves behind it; None: full precision
     true_sequential: bool = True
+    prefix: str = "quantized"
     baseline: bool = True
     num_samples: int = 2  # continuations shown in the report
     cache_dir: Path = field(default_factory=lambda: Path("~/.cache/aptq").expanduser())
@@ -149,11 +152,20 @@ def _check_model(experiment: Experiment, source: ModelSource, options: Sequence[
     check_length(experiment.data, getattr(source.config, "max_position_embeddings", None))
     if given is not None:
         check_plan(given, shapes)
+    if needs_drift(experiment.quantizer) and source.has_experts:
+        raise AptqError(
+            f"{_asked_for_drift(experiment)}, and in a mixture of experts the two models send a token to different "
+            "layers; use another quantizer."
+        )
 
 
 def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
     """Check what can be checked without the model; return the options in play and the given plan, if any."""
     check_data(experiment.data, evaluate=experiment.evaluator is not None)
+    if experiment.prefix not in PREFIXES:
+        raise AptqError(f"prefix={experiment.prefix!r} is not known; use one of {', '.join(PREFIXES)}.")
+    if needs_drift(experiment.quantizer):
+        _check_drift(experiment)
     given = None
     if experiment.plan_path is None:
         bits = experiment.allocator.bit_options()
@@ -168,6 +180,24 @@ def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
         options = sorted(set(given.layers.values()))
     experiment.exporter.check(experiment.format, experiment.format_name, options)
     return options, given
+
+
+def _check_drift(experiment: Experiment) -> None:
+    """Raise ``AptqError`` where inputs cannot be compared with the full-precision model's."""
+    asked = _asked_for_drift(experiment)
+    if experiment.prefix != "quantized":
+        raise AptqError(f"{asked}, which with prefix={experiment.prefix} they are; use prefix=quantized.")
+    if not experiment.true_sequential:
+        raise AptqError(f"{asked} layer by layer; use true_sequential=true.")
+    if not (isinstance(experiment.estimator, DriftEstimator) and experiment.estimator.gives_drift):
+        raise AptqError(
+            f"{asked}, and hessian={experiment.config['hessian']['name']} cannot tell how far they are from them; "
+            "use hessian=input."
+        )
+
+
+def _asked_for_drift(experiment: Experiment) -> str:
+    return f"quantizer={experiment.config['quantizer']['name']} compares inputs with the full-precision model's"
 
 
 def _run_stages(
@@ -291,19 +321,23 @@ def _quantize(experiment: Experiment, walk: Walk, run: Run, stages: Stages, plan
         plan=plan.layers,
         costs=plan.layer_costs,
         true_sequential=experiment.true_sequential,
+        prefix=experiment.prefix,
     )
     with stages(QUANTIZE, blocks, "block"):
         reports = quantize(walk, recipe, run, experiment.callbacks)
     if experiment.fabric.global_rank == 0:
         run.write_layers_csv(reports)
         with stages("export"):
-            _export(experiment, walk, run, plan)
+            _export(experiment, walk, run, recipe)
 
 
-def _export(experiment: Experiment, walk: Walk, run: Run, plan: Plan) -> None:
+def _export(experiment: Experiment, walk: Walk, run: Run, recipe: Recipe) -> None:
     """Write the model under a temporary name, see that it loads and agrees, then give it its name."""
+    # Behind full-precision blocks the walk ends on the original model: the quantized one has to be run for the check.
+    quantized = recipe.prefix == "quantized"
+    expected = walk.logits(CHECKED) if quantized else stored_logits(walk.beginning(CHECKED), recipe, run)
     job = ExportJob(
-        plan=plan.layers,
+        plan=recipe.plan,
         format=experiment.format,
         format_config=experiment.config["format"],
         packed=run.packed,
@@ -315,7 +349,7 @@ def _export(experiment: Experiment, walk: Walk, run: Run, plan: Plan) -> None:
     )
     with new_folder(run.model_folder, "the model") as draft:
         experiment.exporter.export(job, draft)
-        verify(draft, walk, experiment.backend)
+        verify(draft, walk, expected, experiment.backend)
 
 
 def _finish(experiment: Experiment, source: ModelSource, run: Run, stages: Stages, plan: Plan) -> dict[str, Any]:

@@ -23,16 +23,23 @@ from aptq.models.weights import Checkpoint, Piece, Recipe
 
 _log = logging.getLogger(__name__)
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the largest logit
-_CHECKED = 128  # tokens of a sample: a block's later tokens do not change its earlier outputs
+CHECKED = 128  # tokens of a sample: a block's later tokens do not change its earlier outputs
 _FAULT = "This is a fault of the exporter, the format or the backend; the blocks are kept in the run folder."
 
 
-def verify(folder: Path, walk: Walk, backend: str) -> float:
-    """Hold a written model against the one that the walk ended on.
+def verify(folder: Path, walk: Walk, expected: Tensor, backend: str) -> float:
+    """Hold a written model against the quantized one in memory.
 
     transformers loads it as it would for a user, but for the data; its files hold the tensors of that model and no
     others; what was not quantized is as it was, bit for bit; and the beginning of a sample, sent block by block
     through the packed layers, ends in the same logits.
+
+    Args:
+        folder: the written model.
+        walk: the walk that its calibration took.
+        expected: logits ``[1, tokens, vocabulary]`` (``Walk.logits``) of the quantized model for the first ``CHECKED``
+            tokens of the first sample, from weights that were never written by an exporter.
+        backend: what multiplies the packed layers.
 
     Returns:
         the largest difference of the logits, as a share of the largest logit.
@@ -49,8 +56,7 @@ def verify(folder: Path, walk: Walk, backend: str) -> float:
         if not torch.equal(written.read([name])[name], tensor.cpu()):
             raise AptqError(f"{name} in the written model is not what it was before. {_FAULT}")
     layers = {name: module for name, module in skeleton.named_modules() if isinstance(module, PackedLinear)}
-    expected = walk.logits(_CHECKED)
-    found = _logits(Walk(walk.source, walk.samples[:1, :_CHECKED], 1, walk.fabric), layers, written, backend)
+    found = _logits(walk.beginning(CHECKED), layers, written, backend)
     difference: float = ((found - expected).abs().max() / expected.abs().max()).item()
     if not difference <= _TOLERANCE.get(walk.source.dtype, 1e-1):
         raise AptqError(

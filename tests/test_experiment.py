@@ -178,6 +178,11 @@ def test_another_config_does_not_take_up_a_run(overrides: Callable[..., list[str
         (["model.skip=[nothing_like_it]"], "nothing_like_it"),
         (["fabric.accelerator=abacus"], "abacus"),
         (["plan=nowhere.json"], "nowhere.json"),
+        (["prefix=half"], "quantized, full_precision"),
+        (["quantizer=gptaq", "prefix=full_precision"], "prefix=quantized"),
+        (["quantizer=gptaq", "true_sequential=false"], "true_sequential=true"),
+        (["quantizer=gptaq", "hessian=attention"], "hessian=attention cannot tell"),
+        (["quantizer=gptaq", "hessian=identity"], "use hessian=input"),
         (["backend=nonsense"], "nonsense"),
     ],
 )
@@ -187,6 +192,21 @@ def test_bad_input_is_one_clear_error_and_leaves_no_run(
     with pytest.raises(AptqError, match=message):
         aptq.quantize(overrides(*more))
     assert not (tmp_path / "run" / "plan.json").exists()
+
+
+def test_drift_is_refused_in_a_mixture_of_experts(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    with pytest.raises(AptqError, match="mixture of experts"):
+        aptq.quantize(overrides("quantizer=gptaq", family="mixtral"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "more", [["quantizer=gptaq"], ["quantizer=foem"], ["prefix=full_precision"]], ids=lambda more: more[0]
+)
+def test_other_inputs_and_targets_give_models_that_work(more: list[str], overrides: Callable[..., list[str]]) -> None:
+    """From pass 1, which needs errors of this quantizer, to the check of what was written and the judgement."""
+    metrics = aptq.quantize(overrides(*more, "model.quantize_head=true")).metrics()
+    assert metrics["perplexity"]["fox"] == pytest.approx(metrics["baseline_perplexity"]["fox"], rel=0.2)
 
 
 def test_a_budget_sweep_measures_once(overrides: Callable[..., list[str]]) -> None:
@@ -255,9 +275,11 @@ def test_export_writes_a_finished_model_again(overrides: Callable[..., list[str]
 
 
 @pytest.mark.distributed
-def test_two_ranks_agree_with_one(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantizer", ["gptq", "gptaq"])
+def test_two_ranks_agree_with_one(quantizer: str, overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     # In the activation order, two columns of nearly equal curvature may change places and all codes after them differ.
-    plan = ["evaluator=none", "allocator=uniform", "allocator.bits=4", "quantizer.act_order=false"]
+    plan = ["evaluator=none", "allocator=uniform", "allocator.bits=4", f"quantizer={quantizer}"]
+    plan.append("quantizer.act_order=false")
     aptq.quantize(overrides(*plan, folder="one"))
     done = subprocess.run(
         [sys.executable, "-m", "aptq", *overrides(*plan, "fabric=two_ranks", folder="two")],

@@ -40,6 +40,7 @@ def _add(tensors: Tensors) -> None:
     tensors["model.layers.3.mlp.down_proj.qweight"] = torch.zeros(1)
 
 
+@pytest.mark.parametrize("prefix", ["quantized", "full_precision"])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -50,8 +51,13 @@ def _add(tensors: Tensors) -> None:
     ],
 )
 def test_a_damaged_checkpoint_does_not_become_the_model(
-    damage: Callable[[Tensors], None], message: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+    damage: Callable[[Tensors], None],
+    message: str,
+    prefix: str,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    arguments = [*arguments, f"prefix={prefix}"]
     export = Native.export
 
     def damaged(self: Native, job: ExportJob, folder: Path) -> None:
@@ -68,16 +74,19 @@ def test_a_damaged_checkpoint_does_not_become_the_model(
     assert run.model_folder.is_dir()
 
 
-def test_the_check_leaves_the_model_as_it_was(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("prefix", ["quantized", "full_precision"])
+def test_the_check_leaves_the_model_as_it_was(
+    prefix: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
 
-    def twice(folder, walk, backend):  # type: ignore[no-untyped-def]
+    def twice(folder, walk, expected, backend):  # type: ignore[no-untyped-def]
         before = walk.logits()
-        seen.append(verify(folder, walk, backend))
-        seen.append(verify(folder, walk, backend))
+        seen.append(verify(folder, walk, expected, backend))
+        seen.append(verify(folder, walk, expected, backend))
         assert torch.equal(walk.logits(), before)
         return seen[-1]
 
     monkeypatch.setattr("aptq.pipeline.verify", twice)
-    aptq.quantize([*arguments, "model.quantize_head=true"])
+    aptq.quantize([*arguments, "model.quantize_head=true", f"prefix={prefix}"])
     assert seen[0] == seen[1] < 1e-4

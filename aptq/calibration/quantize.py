@@ -1,4 +1,4 @@
-"""Pass 2: rounding every layer on the inputs that the quantized blocks before it give."""
+"""Pass 2: rounding every layer, on the inputs that the quantized blocks before it give unless told otherwise."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from aptq.api import (
     Block,
     Callback,
     Curvature,
+    DriftEstimator,
     Format,
     HessianEstimator,
     Layer,
@@ -23,12 +24,13 @@ from aptq.api import (
     Quantizer,
     SequentialEstimator,
 )
-from aptq.calibration.observe import Observed, observe, observe_in_turn
-from aptq.calibration.rounding import Preparations, round_layer, set_from_packed, share_layer
+from aptq.calibration.observe import Observed, observe, observe_head, observe_in_turn
+from aptq.calibration.rounding import Preparations, needs_drift, round_layer, set_from_packed, share_layer
 from aptq.calibration.walk import Step, Walk
 from aptq.models.structure import has_experts
 
 STAGE = "quantize"
+PREFIXES = ("quantized", "full_precision")
 _log = logging.getLogger(__name__)
 
 
@@ -47,7 +49,11 @@ class BlockStore(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to quantize: the components of pass 2 and the plan they follow."""
+    """How to quantize: the components of pass 2 and the plan they follow.
+
+    ``prefix`` says what stands before a block while it is calibrated: the blocks as they were rounded, or as they were
+    ("full_precision", a stale prefix). In the second case its own layers are calibrated before any is rounded, too.
+    """
 
     estimator: HessianEstimator
     quantizer: Quantizer
@@ -55,21 +61,25 @@ class Recipe:
     plan: Mapping[str, Option]
     costs: Mapping[str, float]  # predicted by the metric for the plan; empty when none ran
     true_sequential: bool = True  # round each layer before the next one of its block is calibrated, where that can be
+    prefix: str = "quantized"  # one of PREFIXES
 
 
 def quantize(walk: Walk, recipe: Recipe, store: BlockStore, callbacks: Callback) -> list[LayerReport]:
     """Quantize every layer of the plan, block by block; return one report a layer.
 
-    Blocks that the store already holds are dequantized and run, which gives the next block bit for bit the inputs it
-    would have had without the interruption.
+    Blocks that the store already holds are dequantized and run (with ``prefix="full_precision"``: run as they were),
+    which gives the next block bit for bit the inputs it would have had without the interruption.
     """
     reports: list[LayerReport] = []
-    for step in walk.steps():
+    for step in walk.steps(full_precision=needs_drift(recipe.quantizer)):
         index = step.block.index
         callbacks.on_advance(stage=STAGE, done=index, detail=step.block.name)
         if walk.fabric.broadcast(store.block_done(index)):
             tensors, rows = store.load_block(index)
-            _restore(step.block, recipe, tensors, walk.fabric.device)
+            if step.full_precision is not None:
+                step.full_precision.run()  # on the original weights
+            if recipe.prefix == "quantized":
+                _restore(step.block, recipe, tensors, walk.fabric.device)
         else:
             rows = _quantize_block(step, recipe, walk, store, callbacks)
         if not step.outputs:
@@ -78,6 +88,15 @@ def quantize(walk: Walk, recipe: Recipe, store: BlockStore, callbacks: Callback)
         mean = sum(row.relative_error for row in rows) / max(len(rows), 1)
         callbacks.on_block_end(stage=STAGE, index=index, metrics={"relative_error": mean})
     return reports
+
+
+def stored_logits(walk: Walk, recipe: Recipe, store: BlockStore) -> Tensor:
+    """Send a walk through all blocks as the store holds them; return ``Walk.logits``."""
+    for step in walk.steps():
+        tensors, _ = store.load_block(step.block.index)
+        _restore(step.block, recipe, tensors, walk.fabric.device)
+        step.run()
+    return walk.logits()
 
 
 def _restore(block: Block, recipe: Recipe, tensors: Mapping[str, Tensor], device: torch.device) -> None:
@@ -125,6 +144,10 @@ def _quantize_block(
 
 def _observed(step: Step, recipe: Recipe, walk: Walk, layers: Collection[str]) -> Iterable[Observed]:
     """Give the layers' curvatures: one layer after the other as they are rounded, or all at once."""
+    if recipe.prefix == "full_precision":  # all before any is rounded, and so are the block's outputs
+        return [observe(step, recipe.estimator, walk, need_outputs=not step.last)]
+    if step.full_precision is not None and step.last and isinstance(recipe.estimator, DriftEstimator):
+        return observe_head(step, recipe.estimator, walk)
     one_path = not step.last and not has_experts(step.block.module)
     if recipe.true_sequential and one_path and isinstance(recipe.estimator, SequentialEstimator):
         return observe_in_turn(step, recipe.estimator, walk, layers)

@@ -1,7 +1,7 @@
 """Rounding under a Hessian of rows and columns: GPTQ in both directions.
 
-Source: derived from GPTQ (Frantar et al., ICLR 2023) for ``H = R (x) C``; the same optimum as the row-by-row double loop
-of BoA (Kim et al., ICML 2025), along anti-diagonals.
+Source: derived from GPTQ (Frantar et al., ICLR 2023) for ``H = R (x) C``; what the row-by-row double loop of
+BoA (Kim et al., ICML 2025) gives, along anti-diagonals.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from aptq.api import AptqError, Curvature, EntryGrid, Format, Option, Rounded
-from aptq.quantizers.gptq import GPTQ, GPTQFactors, inverse_factor
+from aptq.quantizers.columns import Feedback, check_options, factorize, inverse_factor, round_weight
 
 
 @dataclass(frozen=True, eq=False)
 class TwoSidedFactors:
     """The factors of the columns and, where the curvature has rows, of the rows."""
 
-    columns: GPTQFactors
+    columns: Feedback
     rows: Tensor | None  # [heads, rows, rows]: V, rows and columns in ``row_order``
     row_order: Tensor | None  # [heads, rows]: row at each place
     damping: float
@@ -53,14 +53,11 @@ class TwoSided:
                 f"quantizer.row_damping={self.row_damping} is not allowed; "
                 f"use 0 <= row_damping <= max_damping={self.max_damping}."
             )
-        self._by_column()
-
-    def _by_column(self) -> GPTQ:
-        return GPTQ(self.damping, self.max_damping, self.act_order, self.block_size)
+        check_options(self.damping, self.max_damping, self.block_size)
 
     def prepare(self, curvature: Curvature) -> TwoSidedFactors:
         """Damp and factorize the Hessians of columns and rows."""
-        columns = self._by_column().prepare(curvature)
+        columns = factorize(curvature, self.damping, self.max_damping, self.act_order)
         relative = curvature.relative_row()
         if relative is None:
             return TwoSidedFactors(columns, None, None, columns.damping, columns.events)
@@ -84,7 +81,7 @@ class TwoSided:
             AptqError: the format cannot round single weights, and the curvature has rows.
         """
         if factors.rows is None or factors.row_order is None:
-            return self._by_column().quantize(weight, factors.columns, format, option)
+            return round_weight(weight, factors.columns, format, option, block_size=self.block_size)
         order, row_order = factors.columns.order, factors.row_order
         by_head = weight.float().reshape(order.shape[0], -1, weight.shape[-1])
         grid = format.fit(by_head, option, factors.columns.importance)

@@ -1,9 +1,10 @@
 """Owners, and the arithmetic of sums."""
 
+import pytest
 import torch
 from lightning.fabric import Fabric
 
-from aptq.api import CurvatureSum
+from aptq.api import AptqError, CurvatureSum
 from aptq.calibration.distribute import assign_owners, broadcast_tensors, reduce_to_owners
 
 
@@ -30,6 +31,18 @@ def test_sums_become_means_per_token_of_the_block() -> None:
     assert curvatures["a"] is curvatures["b"], "what was shared is factorized once"
     assert torch.equal(curvatures["a"].column[0], 2 * torch.eye(4))
     assert curvatures["a"].tokens == 10
+
+
+def test_drift_goes_the_way_of_the_curvature() -> None:
+    total = _sum(4, value=6.0)
+    total.drift = 3.0 * torch.ones(1, 4, 4)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    drift = reduce_to_owners({"a": total}, {"a": 0}, 3, fabric)["a"].drift
+    assert drift is not None
+    assert torch.equal(drift, torch.ones(1, 4, 4))
+    total.drift.fill_(float("nan"))
+    with pytest.raises(AptqError, match="Calibration of a gave NaN"):
+        reduce_to_owners({"a": total}, {"a": 0}, 3, fabric)
 
 
 def test_one_rank_keeps_its_tensors() -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from aptq.api import Block, BlockInputs
 from aptq.hessians.input import Input
+from aptq.hessians.input_observer import InputLayers
 from aptq.models.structure import find_layers
 from aptq.testing.models import tiny_block
 
@@ -81,3 +82,20 @@ def test_a_block_without_layers_to_watch_is_run_to_its_end() -> None:
     with torch.no_grad(), Input().observe(block, need_outputs=False) as observer:
         assert observer(BlockInputs(hidden=torch.randn(2, 9, 24), args=(), kwargs={})) is not None
     assert observer.sums() == {}
+
+
+def test_drift_is_shared_where_both_models_share_their_inputs() -> None:
+    layer, (x, full) = tiny_block().layers["model.layers.0.gate_proj"], torch.randn(2, 3, 5, 24)
+    layers = InputLayers()
+    first = layers.curvature_sum(layer, [x], [[0, 1, 2]], [full])
+    assert layers.curvature_sum(layer, [x], [[0, 1, 2]], [full]) is first
+    assert layers.curvature_sum(layer, [x], [[0, 1, 2]], [full.clone()]) is not first
+    assert layers.curvature_sum(layer, [x], [[0, 1, 2]]).drift is None
+    assert first.drift is not None
+    assert first.drift.shape == first.column.shape
+
+
+def test_a_layer_without_inputs_has_no_drift() -> None:
+    total = InputLayers().curvature_sum(tiny_block().layers["model.layers.0.gate_proj"], [], [], [])
+    assert total.drift is not None
+    assert not total.drift.any()

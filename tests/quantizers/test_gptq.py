@@ -6,7 +6,7 @@ from torch import Tensor
 
 from aptq.api import AptqError, Curvature, Option
 from aptq.formats.integer import Integer
-from aptq.quantizers.gptq import GPTQ, inverse_factor
+from aptq.quantizers.gptq import GPTQ
 from aptq.quantizers.nearest import Nearest
 from aptq.testing import check_quantizer
 
@@ -46,7 +46,8 @@ def _surgeon(weight: Tensor, hessian: Tensor, order: Tensor, option: Option, for
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("block_size", [1, 16, 128])
 def test_equals_the_textbook(act_order: bool, block_size: int) -> None:
-    hessian, weight, option = _hessian(40)[0], torch.randn(12, 40), Option(3, 32)
+    weight = torch.randn(12, 40, generator=torch.Generator().manual_seed(1))
+    hessian, option = _hessian(40)[0], Option(3, 32)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else torch.arange(40)
     expected = _surgeon(weight, hessian, order, option, Integer(), 0.01)
     actual = _quantize(GPTQ(act_order=act_order, block_size=block_size), weight, hessian[None], option)
@@ -81,18 +82,6 @@ def test_identity_curvature_is_nearest() -> None:
     nearest = Nearest()
     expected = format.dequantize(nearest.quantize(weight, nearest.prepare(curvature), format, option).weight, option)
     assert torch.equal(_quantize(GPTQ(), weight, curvature.column, option), expected)
-
-
-@pytest.mark.parametrize("width", [30, 700])
-def test_inverse_factor_in_float64(width: int) -> None:
-    hessian = _hessian(width, heads=2, tokens=2 * width).double()
-    lower, damping, events = inverse_factor(hessian.clone(), 0.01, 1.0)
-    eye = torch.eye(width, dtype=torch.float64).expand(2, -1, -1)
-    damped = hessian + 0.01 * hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * eye
-    assert torch.allclose(lower @ damped @ lower.transpose(1, 2), eye, atol=1e-9)
-    assert torch.equal(lower, lower.tril())
-    assert damping == 0.01
-    assert events == ()
 
 
 def test_dead_columns_do_no_harm() -> None:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from aptq.api import AptqError, Curvature, Option
 from aptq.formats.integer import Integer
-from aptq.quantizers.gptq import GPTQ, inverse_factor
+from aptq.quantizers.columns import inverse_factor
+from aptq.quantizers.gptq import GPTQ
 from aptq.quantizers.two_sided import TwoSided, round_both_ways
 from aptq.testing import check_quantizer
 

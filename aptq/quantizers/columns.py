@@ -1,0 +1,157 @@
+"""Rounding column by column with error feedback: what GPTQ and the quantizers built on it share.
+
+Source: Frantar et al., "GPTQ" (ICLR 2023), algorithm 1, in a form whose feedback has a unit diagonal: with ``U`` upper
+triangular and ``U^T U = (H + damping)^-1``, column ``k`` makes up for the error ``e`` of column ``j`` by
+``w_k -= (U_jk / U_jj) e``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aptq.api import AptqError, Curvature, Format, Grid, Option, Rounded
+
+_SMALL = 256  # triangular matrices up to this size are inverted by substitution
+
+
+@dataclass(frozen=True, eq=False)
+class Feedback:
+    """``U`` upper triangular with ``U^T U = (H + damping)^-1``, columns and rows in ``order``."""
+
+    feedback: Tensor  # [heads, in, in]: U, each row divided by its diagonal entry
+    diagonal: Tensor  # [heads, in]: of U
+    order: Tensor  # [heads, in]: column at each position
+    importance: Tensor  # [heads, in]: diag(H + damping), in natural order
+    damping: float
+    events: tuple[str, ...]
+
+
+def check_options(damping: float, max_damping: float, block_size: int) -> None:
+    """Raise ``AptqError`` for options that cannot be."""
+    if not 0.0 <= damping <= max_damping:
+        raise AptqError(f"quantizer.damping={damping} is not allowed; use 0 <= damping <= max_damping={max_damping}.")
+    if block_size < 1:
+        raise AptqError(f"quantizer.block_size={block_size} is not allowed; use a positive number of columns.")
+
+
+def factorize(curvature: Curvature, damping: float, max_damping: float, act_order: bool) -> Feedback:
+    """Order, damp and factorize the column Hessians.
+
+    ``damping`` is a share of the mean diagonal. Where the Cholesky factorization fails it is raised tenfold up to
+    ``max_damping``; after that only the diagonal is used (round to nearest, in effect). Each step is reported.
+    ``act_order`` takes columns by falling curvature.
+    """
+    importance = curvature.column.diagonal(dim1=1, dim2=2).clone()
+    order = torch.argsort(importance, dim=1, descending=True, stable=True)
+    if not act_order:
+        order = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    # Last column first, as the factorization wants it.
+    flipped = order.flip(1)
+    hessian = torch.stack(
+        [head.index_select(0, by).index_select(1, by) for head, by in zip(curvature.column, flipped, strict=True)]
+    )
+    # A column that no token excites has no curvature: any unit will do, it only must not be singular.
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    diagonal[diagonal <= 0] = 1.0
+    lower, used, events = inverse_factor(hessian, damping, max_damping)
+    own = lower.diagonal(dim1=1, dim2=2).clone()
+    lower /= own[:, :, None]
+    # Damped as the curvature is: what the calibration text never excites still counts for something.
+    damped = importance + used * importance.mean(1, keepdim=True)
+    return Feedback(lower.flip(1, 2), own.flip(1), order, damped, used, events)
+
+
+def round_weight(
+    weight: Tensor, factors: Feedback, format: Format, option: Option, *, block_size: int, pull: float = 0.0
+) -> Rounded:
+    """Round a weight ``[out, in]`` under a format, in the order of the factors; see ``round_columns``.
+
+    The grid is fitted to ``weight`` beforehand and in the natural order of columns, so that what is stored knows
+    nothing of the order.
+    """
+    by_head = weight.float().reshape(factors.order.shape[0], -1, weight.shape[-1])
+    grid = format.fit(by_head, option, factors.importance)
+    ordered = grid.permuted(factors.order)
+    columns = by_head.transpose(1, 2)  # [heads, in, rows]
+    head = torch.arange(columns.shape[0], device=columns.device)[:, None]
+    columns = columns.contiguous()[head, factors.order]  # a copy: the rounding loop writes to it
+    codes = round_columns(columns, factors.feedback, ordered, block_size, pull)
+    return Rounded(weight=ordered.finish(codes), grid=grid)
+
+
+def round_columns(columns: Tensor, feedback: Tensor, grid: Grid, block_size: int, pull: float = 0.0) -> Tensor:
+    """Round ``columns [heads, in, rows]`` (overwritten) in order with error feedback; return the codes.
+
+    Every column after ``j`` is updated by ``w_k -= (U_jk / U_jj) e_j`` with ``e_j = w_j - q_j``: at once within a
+    block, by one matrix product per block beyond it (lazy batch updates).
+
+    ``pull`` in [0, 1] draws a column back to what it was at the beginning, by that share of the way: once before it is
+    rounded, and once more before its error is taken (see ``aptq.quantizers.foem``). 0 is GPTQ.
+    """
+    in_features = columns.shape[1]
+    anchors = columns.clone().unbind(1) if pull else ()
+    codes = []
+    for start in range(0, in_features, block_size):
+        stop = min(start + block_size, in_features)
+        block, within = columns[:, start:stop], feedback[:, start:stop, start:stop]
+        for j, column in enumerate(block.unbind(1)):
+            if pull:
+                column.lerp_(anchors[start + j], pull)
+            code, value = grid.round(column, start + j)
+            codes.append(code)
+            if pull:
+                column.lerp_(anchors[start + j], pull)
+            column.sub_(value)  # the error takes the place of the column
+            if j + 1 < stop - start:
+                block[:, j + 1 :].baddbmm_(within[:, j, j + 1 :, None], column[:, None], alpha=-1)
+        if stop < in_features:
+            columns[:, stop:].baddbmm_(feedback[:, start:stop, stop:].transpose(1, 2), block, alpha=-1)
+    return torch.stack(codes, dim=1)
+
+
+def inverse_factor(hessian: Tensor, damping: float, max_damping: float) -> tuple[Tensor, float, tuple[str, ...]]:
+    """Return lower triangular ``V`` with ``V^T V = (H + d I)^-1`` for ``H [heads, n, n]``, the damping, and events.
+
+    ``H + d I = L L^T`` gives ``V = L^-1``: one factorization and one triangular inverse, and no explicit ``H^-1``. For
+    the upper triangular factor that GPTQ walks along, give ``H`` with rows and columns in reverse, and reverse ``V``.
+    ``d`` is ``damping`` times the mean diagonal of each head; the ladder (see ``factorize``) applies to all heads
+    together. ``H`` is overwritten.
+    """
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    bare = diagonal.clone()
+    mean = bare.mean(1)[:, None]
+    events: list[str] = []
+    attempt = damping
+    while True:
+        diagonal.copy_(bare + attempt * mean)
+        lower, info = torch.linalg.cholesky_ex(hessian)
+        if not bool(info.any()) and bool(torch.isfinite(lower.diagonal(dim1=1, dim2=2)).all()):
+            return invert_lower(lower), attempt, tuple(events)
+        if attempt >= max_damping:
+            events.append(f"not positive definite with damping {attempt:g}: fell back to the diagonal")
+            safe = diagonal.clamp(min=torch.finfo(hessian.dtype).tiny)
+            return torch.diag_embed(safe.rsqrt()), attempt, tuple(events)
+        attempt = min(max(10 * attempt, 1e-4), max_damping)
+        events.append(f"damping raised to {attempt:g}")
+
+
+def invert_lower(lower: Tensor) -> Tensor:
+    """Return the inverse of lower triangular matrices ``[heads, n, n]``.
+
+    ``[[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]``: most of the work is in matrix products.
+    """
+    size = lower.shape[-1]
+    if size <= _SMALL:
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device).expand_as(lower)
+        solved: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return solved
+    half = size // 2
+    first, second = invert_lower(lower[:, :half, :half]), invert_lower(lower[:, half:, half:])
+    inverse = torch.zeros_like(lower, memory_format=torch.contiguous_format)
+    inverse[:, :half, :half] = first
+    inverse[:, half:, half:] = second
+    inverse[:, half:, :half] = -(second @ (lower[:, half:, :half] @ first))
+    return inverse

@@ -1,0 +1,85 @@
+"""The column loop and its factors in float64."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from aptq.api import Curvature, Grid, QuantizedWeight
+from aptq.quantizers.columns import factorize, inverse_factor, round_columns
+
+
+def _hessian(width: int, heads: int = 1, seed: int = 0, tokens: int = 300) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(heads, tokens, width, generator=generator) @ torch.randn(heads, width, width, generator=generator)
+    return 2 * x.transpose(1, 2) @ x / tokens
+
+
+@pytest.mark.parametrize("width", [30, 700])
+def test_inverse_factor_in_float64(width: int) -> None:
+    hessian = _hessian(width, heads=2, tokens=2 * width).double()
+    lower, damping, events = inverse_factor(hessian.clone(), 0.01, 1.0)
+    eye = torch.eye(width, dtype=torch.float64).expand(2, -1, -1)
+    damped = hessian + 0.01 * hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * eye
+    assert torch.allclose(lower @ damped @ lower.transpose(1, 2), eye, atol=1e-9)
+    assert torch.equal(lower, lower.tril())
+    assert damping == 0.01
+    assert events == ()
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Even levels without end, of one step for all weights, in the dtype of what is rounded."""
+
+    step: float = 0.25
+
+    def permuted(self, order: Tensor) -> Grid:
+        return self
+
+    def round(self, values: Tensor, position: int | slice) -> tuple[Tensor, Tensor]:
+        codes = torch.round(values / self.step)
+        return codes, codes * self.step
+
+    def finish(self, codes: Tensor) -> QuantizedWeight:
+        return QuantizedWeight(codes=codes, parameters={})
+
+
+def _plain(weight: Tensor, hessian: Tensor, step: float, beta: float) -> Tensor:
+    """Return codes ``[rows, in]`` by the formulas of GPTQ and FOEM as they are written, one weight after the other."""
+    upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    codes = torch.zeros_like(weight)
+    for row, raw in enumerate(weight):
+        w = raw.clone()
+        for j in range(len(w)):
+            codes[row, j] = torch.round(w[j] / step)
+            error = ((w[j] - step * codes[row, j]) - beta * (w[j] - raw[j])) / upper[j, j]
+            w[j:] -= error * upper[j, j:]
+            if j + 1 < len(w):
+                w[j + 1] -= beta * (w[j + 1] - raw[j + 1])
+    return codes
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("block_size", [1, 7, 64])
+def test_the_lazy_loop_is_the_plain_one(beta: float, block_size: int) -> None:
+    hessian, weight = _hessian(40, heads=2).double(), torch.randn(2, 6, 40, dtype=torch.float64)
+    factors = factorize(Curvature(column=hessian, tokens=1), 0.01, 1.0, act_order=False)
+    columns = weight.transpose(1, 2).contiguous()
+    codes = round_columns(columns, factors.feedback, _Steps(), block_size, beta)
+    for head in range(2):
+        damped = hessian[head] + 0.01 * hessian[head].diagonal().mean() * torch.eye(40, dtype=torch.float64)
+        assert torch.equal(codes[head].T, _plain(weight[head], damped, 0.25, beta))
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_factors_give_the_damped_inverse(act_order: bool) -> None:
+    hessian = _hessian(40, heads=3).double()
+    factors = factorize(Curvature(column=hessian.clone(), tokens=1), 0.05, 1.0, act_order)
+    upper = factors.diagonal[:, :, None] * factors.feedback
+    for head in range(3):
+        order = factors.order[head]
+        damped = hessian[head] + 0.05 * hessian[head].diagonal().mean() * torch.eye(40, dtype=torch.float64)
+        expected = torch.linalg.inv(damped)[order][:, order]
+        assert torch.allclose(upper[head].T @ upper[head], expected, rtol=1e-8, atol=1e-12)
+        assert torch.equal(factors.feedback[head], factors.feedback[head].triu())
