@@ -51,6 +51,7 @@ __all__ = [
     "Factors",
     "Format",
     "Grid",
+    "GuidedEstimator",
     "HessianEstimator",
     "Layer",
     "LayerReport",
@@ -110,6 +111,7 @@ class Block:
     name: str  # "model.layers.0"
     module: nn.Module
     layers: Mapping[str, Layer]  # by full name, in the order of the model
+    guidance: Mapping[str, Tensor] = field(default_factory=dict)  # what a ``GuidedEstimator`` asked for, by module
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -248,6 +250,37 @@ class SequentialEstimator(HessianEstimator, Protocol):
 
     def watch(self, block: Block) -> AbstractContextManager[LayerObserver]:
         """Watch a block as ``observe`` does, its batches running side by side from layer to layer."""
+
+
+@runtime_checkable
+class GuidedEstimator(HessianEstimator, Protocol):
+    """An estimator that weighs errors by the gradient of the model's loss.
+
+    Before its first pass the engine runs the full-precision model forwards and backwards over all samples, and keeps
+    the mean square of the loss's gradient at the outputs that the estimator names, token by token, in
+    ``Block.guidance``: ``[all samples, tokens, groups]``, zero for samples of other ranks.
+    """
+
+    @property
+    def labels(self) -> str | None:
+        """What the loss compares predictions with.
+
+        "data" (the next token of the text), "model" (a token drawn from the prediction), or None where the present
+        options need no gradients.
+        """
+
+    @property
+    def seed(self) -> int:
+        """Of what is drawn."""
+
+    def guides(self, block: Block) -> Mapping[str, int]:
+        """Return the modules of a block, by full name, whose outputs count, and in how many groups of channels.
+
+        A module returns ``[samples, tokens, channels]`` or a tuple that begins with it. A head is a block too.
+
+        Raises:
+            AptqError: the block cannot be measured so.
+        """
 
 
 class DriftObserver(LayerObserver, Protocol):

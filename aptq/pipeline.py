@@ -20,12 +20,15 @@ from aptq.api import (
     Exporter,
     ExportJob,
     Format,
+    GuidedEstimator,
     HessianEstimator,
     LayerStatistics,
     Option,
     Quantizer,
     SensitivityMetric,
 )
+from aptq.calibration.guidance import STAGE as GRADIENTS
+from aptq.calibration.guidance import measure_guidance
 from aptq.calibration.measure import STAGE as MEASURE
 from aptq.calibration.measure import Rounding, measure
 from aptq.calibration.quantize import PREFIXES, Recipe, quantize, storage_bits, stored_logits
@@ -212,6 +215,7 @@ def _run_stages(
         _log.info("The whole model is held in memory: %s", source.resident_reason)
     samples = calibration_samples(experiment.data, source.tokenizer)
     walk = Walk(source, samples, experiment.data.batch_size, experiment.fabric)
+    _guide(experiment, walk, stages)
     plan = run.plan() or (
         _make_plan(experiment, source, walk, stages, options)
         if given is None
@@ -225,6 +229,25 @@ def _run_stages(
         metrics = _finish(experiment, source, run, stages, plan)
     experiment.fabric.barrier()
     return metrics
+
+
+def _guide(experiment: Experiment, walk: Walk, stages: Stages) -> None:
+    """Take the gradients that the estimator weighs errors by, if it does."""
+    estimator = experiment.estimator
+    if not isinstance(estimator, GuidedEstimator) or estimator.labels is None:
+        return
+    parts = {
+        "model": walk.source.fingerprint(),
+        "code": code_fingerprint(),
+        "samples": samples_key(walk),
+        "hessian": experiment.config["hessian"],
+        "precision": experiment.fabric._precision.precision,
+        "ranks": experiment.fabric.world_size,
+        "head": walk.source.head_name,
+    }
+    folder = experiment.cache_dir / "gradients" / content_key(parts)
+    with stages(GRADIENTS, 2 * len(walk.source.block_names), "block"):
+        walk.guidance = measure_guidance(walk, estimator, folder, experiment.callbacks)
 
 
 def _make_plan(

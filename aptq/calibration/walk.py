@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,7 @@ class Walk:
         self._calls: dict[tuple[int, ...], list[_Call]] = {}  # by shape of the batch, one entry a block
         self._returns_tuple = False
         self.last_hidden: list[Tensor] = []
+        self.guidance: Callable[[int], Mapping[str, Tensor]] | None = None  # by index of the block; see ``Block``
         self._last_full_precision: list[Tensor] = []
         # Fabric's precision is for float32 models; others run in the dtype that they were stored in.
         self.autocast = fabric.autocast if source.dtype == torch.float32 else nullcontext
@@ -92,7 +93,7 @@ class Walk:
         if (name := self.source.head_name) is not None:
             originals = self._head_inputs(name, self._last_full_precision) if full_precision else None
             inputs = self._head_inputs(name, self.last_hidden)
-            yield self._step(self.source.load_head(), inputs, originals, last=True)
+            yield self._step(self._guided(self.source.load_head()), inputs, originals, last=True)
 
     def blocks(self, *, full_precision: bool = False) -> Iterator[Step]:
         """Yield each block in turn; raise ``AptqError`` where activations stop being finite.
@@ -100,12 +101,12 @@ class Walk:
         ``full_precision`` sends a second set of activations along: those of the model as it was. Each step has them in
         a step of their own, which has to be run *before* the block's weights change. One more hidden state a sample.
         """
-        hidden = self._first_inputs()
+        hidden = self.first_inputs()
         beside = hidden if full_precision else None
         for index in range(len(self.source.block_names)):
-            block = self.source.load_block(index, self.fabric.device)
-            originals = None if beside is None else self._inputs(index, beside)
-            step = self._step(block, self._inputs(index, hidden), originals)
+            block = self._guided(self.source.load_block(index, self.fabric.device))
+            originals = None if beside is None else self.inputs(index, beside)
+            step = self._step(block, self.inputs(index, hidden), originals)
             del hidden, beside, originals
             yield step
             hidden = step.outputs
@@ -117,6 +118,9 @@ class Walk:
                     "model.dtype=bfloat16 or float32; otherwise look at its weights, or at a damping that is too small."
                 )
         self.last_hidden, self._last_full_precision = hidden, beside or []
+
+    def _guided(self, block: Block) -> Block:
+        return block if self.guidance is None else replace(block, guidance=self.guidance(block.index))
 
     def _step(
         self, block: Block, inputs: list[BlockInputs], originals: list[BlockInputs] | None, last: bool = False
@@ -131,14 +135,18 @@ class Walk:
         caught: list[BlockInputs] = []
 
         def catch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            caught.extend(BlockInputs(hidden=sample, args=(), kwargs={}) for sample in args[0].split(1))
+            numbers = self._numbers[number]
+            caught.extend(
+                BlockInputs(hidden=sample, args=(), kwargs={}, samples=numbers[place : place + 1])
+                for place, sample in enumerate(args[0].split(1))
+            )
             raise _Reached
 
         handle = self.source.model.get_submodule(name).register_forward_pre_hook(catch)
         try:
-            for batch, hidden in zip(self._batches, last_hidden, strict=True):
-                with suppress(_Reached):
-                    self._run_around(batch, hidden)
+            for number, hidden in enumerate(last_hidden):
+                with suppress(_Reached), torch.no_grad():
+                    self._run_around(self._batches[number], hidden)
         finally:
             handle.remove()
         return caught
@@ -146,10 +154,21 @@ class Walk:
     def _run_around(self, batch: Tensor, hidden: Tensor) -> Any:
         """Run the model on a batch with ``hidden`` as what its blocks make of it."""
         stand_ins = _stand_ins(self._modules(), _Recording(), self._returns_tuple, final=hidden)
-        with stand_ins, torch.no_grad(), self.autocast():
+        with stand_ins, self.autocast():
             return self.source.model(input_ids=batch, use_cache=False)
 
-    def _inputs(self, index: int, hidden: list[Tensor]) -> list[BlockInputs]:
+    def finish(self, number: int, hidden: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Run what lies behind the blocks, a sample at a time: yield its number, its tokens and its logits.
+
+        Args:
+            number: of this rank's batch.
+            hidden: ``[samples, tokens, width]``, what the blocks make of the batch; gradients go through.
+        """
+        for place, sample in enumerate(self._numbers[number]):
+            tokens = self._batches[number][place : place + 1]
+            yield sample, tokens, self._run_around(tokens, hidden[place : place + 1]).logits
+
+    def inputs(self, index: int, hidden: Sequence[Tensor]) -> list[BlockInputs]:
         """Return what a block is called with, batch by batch."""
         inputs = []
         for batch, numbers, states in zip(self._batches, self._numbers, hidden, strict=True):
@@ -157,8 +176,8 @@ class Walk:
             inputs.append(BlockInputs(hidden=states, args=args, kwargs=kwargs, samples=numbers))
         return inputs
 
-    def _first_inputs(self) -> list[Tensor]:
-        """Run the model without its blocks on every batch; return what reaches the first block, keep all calls."""
+    def first_inputs(self) -> list[Tensor]:
+        """Run the model without its blocks on every batch; return what reaches the first block, and keep all calls."""
         if not self._batches:
             return []
         self._returns_tuple = self._probe()

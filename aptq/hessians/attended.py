@@ -61,7 +61,7 @@ def value_hessians(
         for attended, root in zip(attended_inputs(watched, name, heads, run), mixing, strict=True):
             effective = torch.einsum("brti,rk->bkti", attended.to(mixing.dtype), root)
             if weights is not None:
-                effective *= weights[:, None, :, None].sqrt()
+                effective *= weights[:, None, :, None].to(effective.dtype).sqrt()
             total.zero_()
             add_gram(total, effective.flatten(0, 2), 1.0)
             yield total
@@ -94,7 +94,7 @@ def attention_gram(call: DotProduct, heads: slice, root: Tensor, weights: Tensor
         mixed = root.T @ attention.to(root.dtype).flatten(2)  # [samples, r, rows * keys]
         mixed = mixed.unflatten(2, attention.shape[2:])
         if weights is not None:
-            mixed *= weights[:, None, rows, None].sqrt()
+            mixed *= weights[:, None, rows, None].to(mixed.dtype).sqrt()
         mixed = mixed.flatten(1, 2)
         seen = mixed.shape[-1]
         gram[:, :seen, :seen].baddbmm_(mixed.transpose(1, 2), mixed)

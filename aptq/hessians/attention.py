@@ -18,9 +18,16 @@ from torch import Tensor, nn
 from aptq.api import AptqError, Block, BlockInputs, CurvatureSum, Layer
 from aptq.hessians.attention_part import AttentionPart, Measurement
 from aptq.hessians.input_observer import InputLayers, InputObserver
+from aptq.hessians.loss import guidance_of, refuse_experts
+from aptq.hessians.weighted_inputs import WeightedLayers, WeightedObserver
 from aptq.models.structure import find_attentions, find_mlps
 
-_CHOICES = {"cotangent": ("random", "ones", "exact"), "scope": ("head", "layer"), "values": ("exact", "random")}
+_CHOICES = {
+    "cotangent": ("random", "ones", "exact"),
+    "scope": ("head", "layer"),
+    "values": ("exact", "random"),
+    "tokens": ("equal", "loss"),
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,10 @@ class Attention:
     ``mlp`` the same is done at the output of the feed-forward modules, for all of their layers but the last: what these
     put out is used at its own token, so that it is a matter of token weights once more.
 
+    ``tokens: loss`` weighs the error of each token's output ``F_t`` by ``w_t``, the mean square of the gradient that
+    the model's loss has there (see ``aptq.hessians.loss``): the objective is ``sum_t w_t ||dF_t||^2 / 2``, in nats, at
+    all layers, the output layers included. It goes with ``mlp``.
+
     ``cotangent: ones`` takes one gradient with ``G = 1`` instead: the literal reading of the paper, which does not
     estimate the Hessian. ``exact`` goes through every entry of ``G``, which only a tiny model can afford.
 
@@ -53,6 +64,7 @@ class Attention:
     values: str = "exact"
     cotangent: str = "random"
     mlp: bool = False
+    tokens: str = "equal"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,16 +73,34 @@ class Attention:
         for key, allowed in _CHOICES.items():
             if getattr(self, key) not in allowed:
                 raise AptqError(f"hessian.{key}={getattr(self, key)!r} is not known; use one of {', '.join(allowed)}.")
+        if self.tokens == "loss" and not self.mlp:
+            raise AptqError("hessian.tokens=loss needs hessian.mlp=true, so that all layers are in the loss's unit.")
+
+    @property
+    def labels(self) -> str | None:
+        """The next token of the text, where tokens are weighed by the loss; see ``aptq.api.GuidedEstimator``."""
+        return "data" if self.tokens == "loss" else None
+
+    def guides(self, block: Block) -> Mapping[str, int]:
+        """Ask for the gradients at the outputs of attention and feed-forward modules, or of the head.
+
+        Raises:
+            AptqError: there is no attention, or the block is a mixture of experts.
+        """
+        refuse_experts(block)
+        return dict.fromkeys(self._modules(block) or block.layers, 1)
 
     @contextmanager
     def observe(self, block: Block, *, need_outputs: bool = True) -> Iterator[AttentionObserver]:
         """Hook the block's attention modules and the inputs of all other layers.
 
         Raises:
-            AptqError: the block has no attention module, or one without linear layers. A head, which is a step of
-                the walk without being a block, has the Hessian of its inputs.
+            AptqError: the block has no attention module, or one without linear layers; or the loss's gradients at its
+                modules are wanted and not known. A head, which is a step of the walk without being a block, has the
+                Hessian of its inputs.
         """
-        observer = AttentionObserver(block, need_outputs, self._parts(block))
+        parts = self._parts(block)
+        observer = AttentionObserver(block, need_outputs, parts, self._weighted(block, parts))
         with observer.hooked():
             yield observer
 
@@ -78,14 +108,15 @@ class Attention:
     def watch(self, block: Block) -> Iterator[AttentionLayers]:
         """Hook the block's attention modules for what they are called with; raise as ``observe`` does."""
         parts = self._parts(block)
-        watched = AttentionLayers(parts)
+        watched = AttentionLayers(parts, self._weighted(block, parts))
         with ExitStack() as stack:
             for part in parts:
                 handle = part.module.register_forward_pre_hook(watched.hook(part), with_kwargs=True)
                 stack.callback(handle.remove)
             yield watched
 
-    def _parts(self, block: Block) -> list[AttentionPart]:
+    def _modules(self, block: Block) -> dict[str, nn.Module]:
+        """Return the modules at whose outputs errors are measured, by full name; none for a head."""
         modules = find_attentions(block.module)
         head = any(layer.module is block.module for layer in block.layers.values())
         if not modules and not head:
@@ -95,18 +126,34 @@ class Attention:
             )
         if self.mlp:
             modules |= find_mlps(block.module)
+        return {f"{block.name}.{name}": module for name, module in modules.items()}
+
+    def _parts(self, block: Block) -> list[AttentionPart]:
+        modules = self._modules(block)
         how = Measurement(self.probes, self.scope == "head", self.values == "exact", self.cotangent, self.seed)
-        return [AttentionPart(f"{block.name}.{name}", module, block, how) for name, module in modules.items()]
+        weights = guidance_of(block, modules) if self.tokens == "loss" else {}
+        return [
+            AttentionPart(name, module, block, how, weights[name][..., 0] if weights else None)
+            for name, module in modules.items()
+        ]
+
+    def _weighted(self, block: Block, parts: Sequence[AttentionPart]) -> dict[str, Tensor]:
+        """Return the token weights of output layers, and of a head."""
+        if self.tokens != "loss":
+            return {}
+        last = {part.last: block.guidance[part.name] for part in parts if part.last in block.layers}
+        return last if parts else dict(guidance_of(block, block.layers))
 
 
 class AttentionLayers:
     """Measures an attention module when all batches wait at the first of its layers, none of them rounded yet."""
 
-    def __init__(self, parts: Sequence[AttentionPart]) -> None:
+    def __init__(self, parts: Sequence[AttentionPart], weighted: Mapping[str, Tensor]) -> None:
         self._calls: dict[AttentionPart, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {part: [] for part in parts}
         self._of = {name: part for part in parts for name in part.layers}
         self._sums: dict[str, CurvatureSum] = {}
         self._others = InputLayers()
+        self._weighted, self._weights = WeightedLayers(weighted), weighted
 
     def hook(self, part: AttentionPart) -> Callable[..., None]:
         """Return the forward pre-hook of an attention module."""
@@ -120,6 +167,8 @@ class AttentionLayers:
 
     def curvature_sum(self, layer: Layer, inputs: Sequence[Tensor], samples: Sequence[Sequence[int]]) -> CurvatureSum:
         """See ``aptq.api.LayerObserver``."""
+        if layer.name in self._weights:
+            return self._weighted.curvature_sum(layer, inputs, samples)
         part = self._of.get(layer.name)
         if part is None:
             return self._others.curvature_sum(layer, inputs, samples)
@@ -133,11 +182,16 @@ class AttentionLayers:
 class AttentionObserver:
     """Measures each attention module when the block comes to it, on the arguments that it is called with."""
 
-    def __init__(self, block: Block, need_outputs: bool, parts: Sequence[AttentionPart]) -> None:
+    def __init__(
+        self, block: Block, need_outputs: bool, parts: Sequence[AttentionPart], weighted: Mapping[str, Tensor]
+    ) -> None:
         self._block, self._parts = block, parts
         measured = {name for part in self._parts for name in part.layers}
-        others = {name: layer for name, layer in block.layers.items() if name not in measured}
+        others = {name: layer for name, layer in block.layers.items() if name not in measured | weighted.keys()}
         self._inputs = InputObserver(replace(block, layers=others), need_outputs)
+        self._weighted = WeightedObserver(
+            replace(block, layers={each: block.layers[each] for each in weighted}), weighted
+        )
         self._samples: Sequence[int] = ()
         self._busy = False  # a module is being run on the side: what its layers see then is not the block's
 
@@ -148,9 +202,10 @@ class AttentionObserver:
             for part in self._parts:
                 handle = part.module.register_forward_pre_hook(self._measure(part), with_kwargs=True)
                 stack.callback(handle.remove)
-            for name, layer in self._inputs.block.layers.items():
-                handle = layer.module.register_forward_pre_hook(self._unless_busy(self._inputs.hook(name)))
-                stack.callback(handle.remove)
+            for observer in (self._inputs, self._weighted):
+                for name, layer in observer.block.layers.items():
+                    handle = layer.module.register_forward_pre_hook(self._unless_busy(observer.hook(name)))
+                    stack.callback(handle.remove)
             yield
 
     def _unless_busy(self, hook: Callable[..., None]) -> Callable[..., None]:
@@ -170,12 +225,12 @@ class AttentionObserver:
 
     def __call__(self, inputs: BlockInputs) -> Tensor | None:
         """Run the block with the hooks on."""
-        self._samples = inputs.samples or range(len(inputs.hidden))
+        self._samples = self._weighted.samples = inputs.samples or range(len(inputs.hidden))
         return self._inputs(inputs)
 
     def sums(self) -> Mapping[str, CurvatureSum]:
         """Return the sums of all layers."""
-        found = dict(self._inputs.sums())
+        found = dict(self._inputs.sums()) | dict(self._weighted.sums())
         for part in self._parts:
             found |= part.sums()
         return {name: found[name] for name in self._block.layers}

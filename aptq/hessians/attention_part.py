@@ -31,18 +31,22 @@ class Measurement:
 class AttentionPart:
     """One module; ``layers`` are those that are measured here: all but the last, the output layer.
 
-    Rows have a curvature of their own where the module has heads and each has its own Hessian.
+    The objective is ``||dF||^2`` or, with ``weights`` ``w [all samples, tokens]``, ``sum_t w_t ||dF_t||^2 / 2``. Rows
+    have a curvature of their own where the module has heads and each has its own Hessian.
     """
 
-    def __init__(self, name: str, module: nn.Module, block: Block, how: Measurement) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, block: Block, how: Measurement, weights: Tensor | None = None
+    ) -> None:
         self.name, self.module = name, module
         self._how, self._block_index = how, block.index
+        self._weights, self._factor = weights, 2.0 if weights is None else 1.0
         all_layers = find_layers(module, name)
         if not all_layers:
             raise AptqError(f"{name} has no linear layers, and hessian=attention measures them; use hessian=input.")
-        *before, last = all_layers
+        *before, self.last = all_layers
         self.layers = {each: block.layers[each] for each in before if each in block.layers}
-        self._watched = Watched(name, module, self.layers, all_layers[last], getattr(module, "head_dim", 0))
+        self._watched = Watched(name, module, self.layers, all_layers[self.last], getattr(module, "head_dim", 0))
         self._roles: Roles | None = None
         self._mixing: Tensor | None = None
         self._sums = {each: self._empty(each) for each in self.layers}
@@ -68,26 +72,32 @@ class AttentionPart:
         if not self.layers:
             return
         run = run_module(self._watched, (args, kwargs))
+        numbers = samples or range(len(run.output))
+        token_weights = None if self._weights is None else self._weights[list(numbers)].to(run.output)
         if self._roles is None:
             ones = self._how.cotangent == "ones"  # the paper's formula, for all alike
             self._roles = all_alike(self._watched) if ones else find_roles(self._watched, run, self._how.exact_values)
-        weights = self._add_gradients(run, samples, self._roles)
+        local = self._add_gradients(run, numbers, self._roles, token_weights)
         for name, heads in self._roles.local.items():
-            self._add_weighted(name, heads, run.seen[name].input, weights[name])
+            self._add_weighted(name, heads, run.seen[name].input, local[name])
         for name, heads in self._roles.values.items():
-            self._add_values(name, heads, run)
+            self._add_values(name, heads, run, token_weights)
         for name, each in run.seen.items():
             self._sums[name].tokens += each.input.shape[0] * each.input.shape[1]
 
     # ----------------------------------------------------------------------------------------------- gradients
 
-    def _add_gradients(self, run: ModuleRun, samples: Sequence[int], roles: Roles) -> dict[str, Tensor]:
+    def _add_gradients(
+        self, run: ModuleRun, samples: Sequence[int], roles: Roles, token_weights: Tensor | None
+    ) -> dict[str, Tensor]:
         """Add ``g^T g`` where there is no better; return ``E||g_t||^2`` of every head ``[samples, tokens, heads]``."""
         weights: dict[str, Tensor] = {}
         cotangents = list(self._cotangents(run.output, samples))
         outputs = [each.output for each in run.seen.values()]
         for number, (share, cotangent) in enumerate(cotangents):
             more = number + 1 < len(cotangents)
+            if token_weights is not None:
+                cotangent = cotangent * token_weights[..., None].sqrt()
             found = torch.autograd.grad(run.output, outputs, cotangent, retain_graph=more)
             for (name, each), gradient in zip(run.seen.items(), found, strict=True):
                 by_head = self._watched.split(name, gradient).to(self._sums[name].column.dtype)
@@ -114,8 +124,7 @@ class AttentionPart:
                 yield 1.0, unit
         else:
             for probe in range(self._how.probes):
-                numbers = samples or range(len(output))
-                keys = [(self._how.seed, self._block_index, sample, probe) for sample in numbers]
+                keys = [(self._how.seed, self._block_index, sample, probe) for sample in samples]
                 signs = torch.stack([random_signs(output.shape[1:], key) for key in keys])
                 yield 1.0 / self._how.probes, signs.to(output)
 
@@ -129,9 +138,9 @@ class AttentionPart:
             self._add(name, head, rows * mine[:, number, None].sqrt())
 
     def _add(self, name: str, head: int, rows: Tensor, share: float = 1.0) -> None:
-        """Add ``2 r r^T`` for each of ``rows [*, in]`` to a head's Hessian, for an average row of its weight."""
+        """Add ``r r^T`` (twice, without weights) for each of ``rows [*, in]``, for an average row of the weight."""
         column = self._sums[name].column[head if self._how.by_head else 0]
-        add_gram(column, rows, 2.0 * share / self._averaged(name))
+        add_gram(column, rows, self._factor * share / self._averaged(name))
 
     def _averaged(self, name: str) -> int:
         """Return over how many rows of its weight a Hessian of a layer is an average."""
@@ -146,21 +155,21 @@ class AttentionPart:
                 self._add_row(name, head, matrix, share)
 
     def _add_row(self, name: str, head: int, matrix: Tensor, share: float = 1.0) -> None:
-        """Add ``2 g g^T [rows, rows]`` to a head's row Hessian, for an average column of its weight."""
+        """Add ``g g^T [rows, rows]`` (twice, without weights) for an average column of the weight."""
         row = self._sums[name].row
         if row is not None:
-            row[head] += matrix * (2.0 * share / self.layers[name].shape[1])
+            row[head] += matrix * (self._factor * share / self.layers[name].shape[1])
 
     # -------------------------------------------------------------------------------------------------- values
 
-    def _add_values(self, name: str, heads: Sequence[int], run: ModuleRun) -> None:
+    def _add_values(self, name: str, heads: Sequence[int], run: ModuleRun, token_weights: Tensor | None) -> None:
         column = self._sums[name].column
         if self._mixing is None:
             weight = self._watched.output.weight().to(column.dtype)
             self._mixing = value_mixing(weight, weight.shape[1] // self._watched.head_dim, len(heads))
-        found = value_hessians(self._watched, name, heads, run, self._mixing, None)
+        found = value_hessians(self._watched, name, heads, run, self._mixing, token_weights)
         for head, matrix in zip(heads, found, strict=True):
-            column[head if self._how.by_head else 0].add_(matrix, alpha=2.0 / self._averaged(name))
+            column[head if self._how.by_head else 0].add_(matrix, alpha=self._factor / self._averaged(name))
 
 
 def random_signs(shape: Sequence[int], key: tuple[int, ...]) -> Tensor:

@@ -84,9 +84,17 @@ def case(tiny_model_folder: Callable[..., Path]) -> Iterator[Callable[..., Case]
         walk.close()
 
 
-def _reference(case: Case, name: str, part: tuple[str, nn.Module] | None = None) -> Tensor:
-    """Return ``2 J^T J`` summed over the rows of each head and divided by their number: ``[heads, in, in]``."""
+def _reference(
+    case: Case, name: str, part: tuple[str, nn.Module] | None = None, weights: Tensor | None = None
+) -> Tensor:
+    """Return ``2 J^T J`` summed over the rows of each head and divided by their number: ``[heads, in, in]``.
+
+    With ``weights [tokens]``, ``J^T diag(w) J``.
+    """
     by_head = _jacobian(case, name, part)
+    if weights is not None:
+        by_token = by_head.unflatten(0, (len(weights), -1))
+        by_head = (by_token * (weights / 2).sqrt()[:, None, None, None, None]).flatten(0, 1)
     return 2 * torch.einsum("phai,phaj->hij", by_head, by_head) / by_head.shape[2]
 
 
@@ -147,6 +155,38 @@ def test_feed_forward_modules_are_measured_at_their_output(family: str, case: Ca
     for each in before:
         assert _relative(sums[each].column, _reference(made, each, (prefix, module))) < 1e-10
     assert torch.equal(sums[last].column, made.sums(Attention())[last].column)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "gpt2"])
+@pytest.mark.parametrize("values", ["exact", "random"])
+def test_tokens_weigh_as_the_loss_minds_them(family: str, values: str, case: Callable[..., Case]) -> None:
+    made = case(family, tokens=4)
+    name, module = made.attention
+    estimator = Attention(cotangent="exact", values=values, mlp=True, tokens="loss")
+    parts = [(name, module)]
+    parts += [(f"{made.block.name}.{each}", mlp) for each, mlp in find_mlps(made.block.module).items()]
+    guidance = {each: torch.rand(1, 4, 1, dtype=torch.float64) for each, _ in parts}
+    guided = replace(made, block=replace(made.block, guidance=guidance))
+    sums = guided.sums(estimator)
+    for part in parts:
+        *before, last = find_layers(part[1], part[0])
+        for each in before:  # Gemma's softmax is in float32
+            expected = _reference(made, each, None if part[0] == name else part, guidance[part[0]].flatten())
+            assert _relative(sums[each].column, expected) < 1e-6
+        rows = sums[last].column.shape[0]
+        assert rows == 1
+        expected = _reference(made, last, part, guidance[part[0]].flatten())
+        assert _relative(sums[last].column, expected) < 1e-6
+
+
+def test_token_weights_have_to_be_known_and_to_serve_all_layers() -> None:
+    with (
+        pytest.raises(AptqError, match="have to be taken"),
+        Attention(mlp=True, tokens="loss").observe(tiny_block(attention=True)),
+    ):
+        pass
+    with pytest.raises(AptqError, match="hessian.mlp=true"):
+        Attention(tokens="loss")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,93 @@
+"""The curvature of the model's loss: GuidedQuant's Hessian."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from aptq.api import AptqError, Block
+from aptq.hessians.weighted_inputs import WeightedLayers, WeightedObserver
+from aptq.models.structure import has_experts
+
+LABELS = ("data", "model")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """``H = sum_t s_t x_t x_t^T`` with ``s_t`` the mean square of the loss's gradient at a layer's output channels.
+
+    The block-diagonal Fisher matrix of the cross entropy, one block an output channel, averaged over ``groups`` groups
+    of consecutive channels; gradients of different tokens are taken to be independent. They are those of the
+    full-precision model, the inputs ``x_t`` those of the quantized blocks before. Errors and traces of all layers are
+    in the unit of the loss, nats per token.
+
+    ``labels`` are what the loss compares predictions with: the next token of the text ("data": the empirical Fisher
+    matrix, as published) or one drawn from the prediction ("model": the Fisher matrix).
+
+    Source: Kim et al., "GuidedQuant" (ICML 2025, arXiv 2505.07004), equations 6 to 8.
+    """
+
+    groups: int = 4
+    labels: str = "data"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.groups < 1:
+            raise AptqError(f"hessian.groups={self.groups} is not allowed; use 1 or more.")
+        check_labels(self.labels)
+
+    def guides(self, block: Block) -> Mapping[str, int]:
+        """Ask for the gradients at all layers; fewer groups where the channels do not divide.
+
+        Raises:
+            AptqError: the block is a mixture of experts, whose layers see other tokens than the block.
+        """
+        refuse_experts(block)
+        return {name: math.gcd(self.groups, layer.shape[0]) for name, layer in block.layers.items()}
+
+    @contextmanager
+    def observe(self, block: Block, *, need_outputs: bool = True) -> Iterator[WeightedObserver]:
+        """Hook every layer's input; raise ``AptqError`` where the block's gradients are not known."""
+        del need_outputs  # nothing is gained by stopping at the last layer's input
+        observer = WeightedObserver(block, self._weights(block))
+        handles = [layer.module.register_forward_pre_hook(observer.hook(name)) for name, layer in block.layers.items()]
+        try:
+            yield observer
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def watch(self, block: Block) -> Iterator[WeightedLayers]:
+        """Nothing is hooked; raise as ``observe`` does."""
+        yield WeightedLayers(self._weights(block))
+
+    def _weights(self, block: Block) -> Mapping[str, Tensor]:
+        return guidance_of(block, block.layers)
+
+
+def guidance_of(block: Block, names: Mapping[str, object]) -> Mapping[str, Tensor]:
+    """Return the mean squares of gradients at some modules; raise ``AptqError`` where the engine has taken none."""
+    missing = [name for name in names if name not in block.guidance]
+    if missing:
+        raise AptqError(f"The loss's gradients at {missing[0]} are not known: they have to be taken before any pass.")
+    return {name: block.guidance[name] for name in names}
+
+
+def check_labels(labels: str) -> None:
+    """Raise ``AptqError`` for labels that there are not."""
+    if labels not in LABELS:
+        raise AptqError(f"hessian.labels={labels!r} is not known; use one of {', '.join(LABELS)}.")
+
+
+def refuse_experts(block: Block) -> None:
+    """Raise ``AptqError`` for a mixture of experts."""
+    if has_experts(block.module):
+        raise AptqError(
+            f"{block.name} is a mixture of experts, whose layers see a part of the tokens each; the loss's gradients "
+            "are taken for all tokens. Use hessian=input or hessian=attention."
+        )
