@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aptq.api import AptqError
 from aptq.hessians.attended import attended_inputs
 from aptq.hessians.module_run import ModuleRun, Watched
 
@@ -32,7 +33,12 @@ def all_alike(watched: Watched) -> Roles:
 
 
 def find_roles(watched: Watched, run: ModuleRun, exact_values: bool) -> Roles:
-    """Tell from a run of the module what its layers are; the run's graph is kept."""
+    """Tell from a run of the module what its layers are; the run's graph is kept.
+
+    Raises:
+        AptqError: outputs depend on later tokens: the module was run without its causal mask.
+    """
+    _check_causal(watched, run)
     local = _find_local(watched, run)
     values = _find_values(watched, local, run) if exact_values else {}
     others = {
@@ -42,17 +48,32 @@ def find_roles(watched: Watched, run: ModuleRun, exact_values: bool) -> Roles:
     return Roles(local=local, values=values, others=others)
 
 
+def _check_causal(watched: Watched, run: ModuleRun) -> None:
+    half = run.output.shape[1] // 2
+    for name, gradient in _gradients(run, slice(0, half)).items():
+        if bool(gradient[:, half:].any()):
+            raise AptqError(
+                f"{watched.name}: outputs depend on what {name} makes of later tokens, so its causal mask is missing, "
+                "and Hessians of such attention would be wrong. Use hessian=input, or report the model."
+            )
+
+
+def _gradients(run: ModuleRun, tokens: slice) -> dict[str, Tensor]:
+    """Return the gradients that the sum of some tokens' outputs has at the layers' outputs."""
+    cotangent = torch.zeros_like(run.output)
+    cotangent[:, tokens] = 1.0
+    found = torch.autograd.grad(run.output, [each.output for each in run.seen.values()], cotangent, retain_graph=True)
+    return dict(zip(run.seen, found, strict=True))
+
+
 def _find_local(watched: Watched, run: ModuleRun) -> dict[str, list[int]]:
     """Tell which heads are used at their own token alone, by a look at gradients.
 
     The later tokens' outputs depend on earlier keys and values, and on no earlier query.
     """
     tokens = run.output.shape[1]
-    late = torch.zeros_like(run.output)
-    late[:, tokens // 2 :] = 1.0
-    found = torch.autograd.grad(run.output, [each.output for each in run.seen.values()], late, retain_graph=True)
     local = {}
-    for name, gradient in zip(run.seen, found, strict=True):
+    for name, gradient in _gradients(run, slice(tokens // 2, None)).items():
         early = watched.split(name, gradient)[:, : tokens // 2].abs().sum((0, 1, 3))
         local[name] = [head for head, value in enumerate(early.tolist()) if value == 0.0 and tokens > 1]
     return {name: heads for name, heads in local.items() if heads}

@@ -264,6 +264,74 @@ def test_the_first_token_says_nothing_about_queries(case: Callable[..., Case]) -
     assert rank == 1
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_the_objective_changes_as_the_hessian_says(family: str, case: Callable[..., Case]) -> None:
+    """``||F(W + e D) - F(W)||^2`` tends to ``e^2 tr(D H D^T) / 2``, taken over all signs of the rows of ``D = u v^T``.
+
+    Sums over the rows of a Hadamard matrix leave nothing of the products of two rows, as the Hessian does.
+    """
+    made = case(family)
+    prefix, module = made.attention
+    sums = made.sums(Attention(cotangent="exact"))
+    signs = torch.ones(1, 1, dtype=torch.float64)
+    while len(signs) < module.head_dim:
+        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
+    for name, total in sums.items():
+        if name in made.measured():
+            direction = torch.randn(
+                total.column.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+            )
+            head = total.column.shape[0] - 1
+            expected = 0.5 * module.head_dim * (direction @ total.column[head] @ direction)
+            ratios = []
+            for step in (1e-1, 1e-2, 1e-3):
+                changes = [
+                    _change(made, name, head, step * torch.outer(row[: module.head_dim], direction)) for row in signs
+                ]
+                ratios.append((sum(changes) / len(changes) / (step**2 * expected)).item())
+            assert abs(ratios[2] - 1) < 1e-2
+            assert abs(ratios[2] - 1) <= abs(ratios[0] - 1) + 1e-6
+
+
+def _change(case: Case, name: str, head: int, difference: Tensor) -> Tensor:
+    """Return ``||F(W + D) - F(W)||^2`` for a change of one head's rows."""
+    layer, module = case.block.layers[name], case.attention[1]
+    outputs = []
+    handle = module.register_forward_hook(lambda _, args, output: outputs.append(output[0]))
+    before = layer.weight().clone()
+    rows = slice(head * module.head_dim, (head + 1) * module.head_dim)
+    with torch.no_grad():
+        case.inputs.run(case.block.module)
+        changed = before.clone()
+        changed[rows] += difference
+        layer.set_weight(changed)
+        case.inputs.run(case.block.module)
+        layer.set_weight(before)
+    handle.remove()
+    return (outputs[1] - outputs[0]).square().sum()
+
+
+@pytest.mark.parametrize("options", [{"probes": 1}, {"probes": 2, "values": "random"}, {"cotangent": "ones"}])
+def test_rows_and_columns_have_one_trace(options: dict[str, Any], case: Callable[..., Case]) -> None:
+    made = case("qwen3", samples=2)
+    sums = made.sums(Attention(**options))
+    for name in made.measured():
+        total = sums[name]
+        assert total.row is not None
+        column = total.column.diagonal(dim1=1, dim2=2).sum(1) * total.row.shape[1]
+        row = total.row.diagonal(dim1=1, dim2=2).sum(1) * total.column.shape[1]
+        if "v_proj" not in name or "values" in options or "cotangent" in options:  # of exact values, rows are drawn
+            assert torch.allclose(column, row, rtol=1e-9)
+
+
+def test_attention_without_its_causal_mask_is_refused(case: Callable[..., Case]) -> None:
+    made = case("llama")
+    made.attention[1].is_causal = False
+    bare = replace(made, inputs=replace(made.inputs, kwargs={**made.inputs.kwargs, "attention_mask": None}))
+    with pytest.raises(AptqError, match="causal mask is missing"):
+        bare.sums(Attention())
+
+
 def test_a_block_without_attention_is_refused() -> None:
     with pytest.raises(AptqError, match="has no attention module"), Attention().observe(tiny_block()):
         pass
