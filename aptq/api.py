@@ -39,6 +39,9 @@ __all__ = [
     "Callback",
     "Curvature",
     "CurvatureSum",
+    "DriftEstimator",
+    "DriftObserver",
+    "DriftQuantizer",
     "EvaluationText",
     "Evaluator",
     "ExportJob",
@@ -136,6 +139,7 @@ class CurvatureSum:
     column: Tensor  # [heads, in, in], float32 (float64 for weights in float64)
     tokens: int  # how many tokens were added: fewer than the block saw for the experts of a mixture
     row: Tensor | None = None  # [heads, rows, rows]
+    drift: Tensor | None = None  # [heads, in, in], as ``column``; see ``Curvature``
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -145,11 +149,17 @@ class Curvature:
     ``column [heads, in, in]`` is symmetric and positive semi-definite, float32, per token and per average row (see
     the module's docstring). ``row [heads, rows, rows]``, where an estimator gives it, is the second factor that
     two-sided quantizers use. ``tokens`` is how many tokens reached the layer.
+
+    ``drift [heads, in, in]`` is the sum over tokens of ``2 (x_f - x) x^T``, in the weighting and unit of ``column``,
+    with ``x_f`` the input that the full-precision model has in the place of ``x``. Its rows go with ``x_f - x``: it is
+    not symmetric. It is None unless the quantizer asked for it (``DriftQuantizer``), and on inputs that are the
+    full-precision model's own, where it would be zero.
     """
 
     column: Tensor
     tokens: int
     row: Tensor | None = None
+    drift: Tensor | None = None
 
     @property
     def heads(self) -> int:
@@ -226,6 +236,34 @@ class SequentialEstimator(HessianEstimator, Protocol):
 
     def watch(self, block: Block) -> AbstractContextManager[LayerObserver]:
         """Watch a block as ``observe`` does, its batches running side by side from layer to layer."""
+
+
+class DriftObserver(LayerObserver, Protocol):
+    """A layer observer that can be given the full-precision model's inputs as well."""
+
+    def curvature_sum(
+        self,
+        layer: Layer,
+        inputs: Sequence[Tensor],
+        samples: Sequence[Sequence[int]],
+        full_precision: Sequence[Tensor] | None = None,
+    ) -> CurvatureSum:
+        """Return the sums as ``LayerObserver`` does, with their ``drift`` where ``full_precision`` is given.
+
+        ``full_precision`` is what the layer is called with in the full-precision model, by batch, token for token.
+        """
+
+
+@runtime_checkable
+class DriftEstimator(SequentialEstimator, Protocol):
+    """An estimator that can tell how far a layer's inputs have drifted from the full-precision model's."""
+
+    @property
+    def gives_drift(self) -> bool:
+        """Whether it can with its present options."""
+
+    def watch(self, block: Block) -> AbstractContextManager[DriftObserver]:
+        """Watch a block as ``SequentialEstimator`` does."""
 
 
 # --------------------------------------------------------------------------------------- formats and quantizers
@@ -319,6 +357,18 @@ class Quantizer(Protocol):
 
     def quantize(self, weight: Tensor, factors: Factors, format: Format, option: Option) -> Rounded:
         """Choose codes for a weight ``[out, in]`` under a format."""
+
+
+@runtime_checkable
+class DriftQuantizer(Quantizer, Protocol):
+    """A quantizer that may aim at the full-precision model's outputs, not at those of ``W`` on the inputs it meets.
+
+    In pass 2 it gets curvatures with their ``drift``, for which a second set of activations travels beside the first.
+    """
+
+    @property
+    def needs_drift(self) -> bool:
+        """Whether it does with its present options."""
 
 
 # ------------------------------------------------------------------------------------- sensitivity and allocation

@@ -15,6 +15,7 @@ from aptq.api import (
     Allocator,
     AptqError,
     Callback,
+    DriftEstimator,
     Evaluator,
     Exporter,
     ExportJob,
@@ -29,6 +30,7 @@ from aptq.calibration.measure import STAGE as MEASURE
 from aptq.calibration.measure import measure
 from aptq.calibration.quantize import PREFIXES, Recipe, quantize, storage_bits, stored_logits
 from aptq.calibration.quantize import STAGE as QUANTIZE
+from aptq.calibration.rounding import needs_drift
 from aptq.calibration.statistics import StatisticsCache, code_fingerprint, content_key
 from aptq.calibration.walk import Walk
 from aptq.callbacks import Callbacks
@@ -138,6 +140,11 @@ def _check_model(experiment: Experiment, source: ModelSource, options: Sequence[
     check_length(experiment.data, getattr(source.config, "max_position_embeddings", None))
     if given is not None:
         check_plan(given, shapes)
+    if needs_drift(experiment.quantizer) and source.has_experts:
+        raise AptqError(
+            f"{_asked_for_drift(experiment)}, and in a mixture of experts the two models send a token to different "
+            "layers; use another quantizer."
+        )
 
 
 def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
@@ -145,6 +152,8 @@ def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
     check_data(experiment.data, evaluate=experiment.evaluator is not None)
     if experiment.prefix not in PREFIXES:
         raise AptqError(f"prefix={experiment.prefix!r} is not known; use one of {', '.join(PREFIXES)}.")
+    if needs_drift(experiment.quantizer):
+        _check_drift(experiment)
     given = None
     if experiment.plan_path is None:
         bits = experiment.allocator.bit_options()
@@ -159,6 +168,24 @@ def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
         options = sorted(set(given.layers.values()))
     experiment.exporter.check(experiment.format, experiment.format_name, options)
     return options, given
+
+
+def _check_drift(experiment: Experiment) -> None:
+    """Raise ``AptqError`` where inputs cannot be compared with the full-precision model's."""
+    asked = _asked_for_drift(experiment)
+    if experiment.prefix != "quantized":
+        raise AptqError(f"{asked}, which with prefix={experiment.prefix} they are; use prefix=quantized.")
+    if not experiment.true_sequential:
+        raise AptqError(f"{asked} layer by layer; use true_sequential=true.")
+    if not (isinstance(experiment.estimator, DriftEstimator) and experiment.estimator.gives_drift):
+        raise AptqError(
+            f"{asked}, and hessian={experiment.config['hessian']['name']} cannot tell how far they are from them; "
+            "use hessian=input."
+        )
+
+
+def _asked_for_drift(experiment: Experiment) -> str:
+    return f"quantizer={experiment.config['quantizer']['name']} compares inputs with the full-precision model's"
 
 
 def _run_stages(

@@ -29,7 +29,7 @@ def aptq(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 def test_help_names_groups_and_keys(aptq: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = aptq("--help")
     assert done.returncode == 0
-    for part in ("quantizer: foem, gptq, nearest", "num_samples", "aptq -cn evaluate"):
+    for part in ("quantizer: foem, gptaq, gptq, nearest", "num_samples", "aptq -cn evaluate"):
         assert part in done.stdout
 
 

@@ -266,12 +266,26 @@ class _AveragesBatches:
             yield Averaging()
 
 
+class _GivesHalfTheDrift(Input):
+    @contextmanager
+    def watch(self, block: Block) -> Iterator[Any]:
+        with super().watch(block) as observer:
+
+            class Halving:
+                def curvature_sum(self, *arguments: Any) -> Any:
+                    total = observer.curvature_sum(*arguments)
+                    return total if total.drift is None else replace(total, drift=total.drift / 2)
+
+            yield Halving()
+
+
 @pytest.mark.parametrize(
     ("estimator", "told"),
     [
         (_LeavesHooks(), "leaves hooks"),
         (_ChangesOutput(), "output under observation"),
         (_AveragesBatches(), "samples one by one"),
+        (_GivesHalfTheDrift(), "drift of 2 x instead of x"),
     ],
 )
 def test_a_broken_estimator_is_caught(estimator: Any, told: str) -> None:

@@ -66,15 +66,18 @@ def _reduce(name: str, total: CurvatureSum, owner: int, total_tokens: int, fabri
         dist.reduce(tokens, dst=owner)
         if total.row is not None:
             dist.reduce(total.row, dst=owner)
+        if total.drift is not None:
+            dist.reduce(total.drift, dst=owner)
     if fabric.global_rank != owner:
         return None
-    if not all_finite(total.column):
+    if not all_finite(total.column) or (total.drift is not None and not all_finite(total.drift)):
         raise AptqError(
             f"Calibration of {name} gave NaN or Inf. If the model is stored in float16, try model.dtype=bfloat16 or "
             "float32; otherwise the model's weights are not finite."
         )
     row = None if total.row is None else total.row / total_tokens
-    return Curvature(column=total.column.div_(total_tokens), tokens=int(tokens), row=row)
+    drift = None if total.drift is None else total.drift.div_(total_tokens)
+    return Curvature(column=total.column.div_(total_tokens), tokens=int(tokens), row=row, drift=drift)
 
 
 def all_finite(tensor: Tensor) -> bool:

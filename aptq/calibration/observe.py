@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aptq.api import AptqError, Curvature, CurvatureSum, HessianEstimator, SequentialEstimator
+from torch import Tensor
+
+from aptq.api import AptqError, Curvature, CurvatureSum, DriftEstimator, HessianEstimator, SequentialEstimator
 from aptq.calibration.distribute import assign_owners, reduce_to_owners
 from aptq.calibration.lockstep import lockstep
 from aptq.calibration.walk import Step, Walk
@@ -40,24 +43,72 @@ def observe_in_turn(
 
     In the end the step's outputs are those of the rounded block. Layers that are fed the same tensors share their
     curvature, as in ``observe``; those that the block does not call come last.
+
+    With full-precision activations beside (``Step.full_precision``), these are at the same layer when its curvature and
+    drift are taken, and through it before it is rounded: no copy of the block's weights is needed.
     """
     fabric, missing = walk.fabric, dict.fromkeys(layers)
-    samples = [batch.samples for batch in step.inputs]
     total: CurvatureSum | None = None
     curvature: Curvature | None = None
     owner = -1
-    with estimator.watch(step.block) as observer, lockstep(step, layers) as batches:
+    with _watched(step, estimator, layers) as sums, lockstep(step, layers) as batches:
         while (name := _agreed(batches.advance(), step, fabric)) is not None:
             del missing[name]
-            before, total = total, observer.curvature_sum(step.block.layers[name], batches.inputs(), samples)
+            before, total = total, sums(name, batches.inputs())
             if not fabric.broadcast(total is before):
                 owner = (owner + 1) % fabric.world_size
                 curvature = _reduced(name, total, owner, walk)
             yield _one(name, owner, curvature)
             trim()
         for name in missing:
-            total = observer.curvature_sum(step.block.layers[name], [], [])
+            yield _one(name, 0, _reduced(name, sums(name, []), 0, walk))
+
+
+def observe_head(step: Step, estimator: DriftEstimator, walk: Walk) -> Iterator[Observed]:
+    """Yield the head with its drift: it is called with what the step is fed, so nothing has to be run."""
+    originals = [] if step.full_precision is None else [batch.hidden for batch in step.full_precision.inputs]
+    inputs, samples = [batch.hidden for batch in step.inputs], [batch.samples for batch in step.inputs]
+    with estimator.watch(step.block) as observer:
+        for name, layer in step.block.layers.items():
+            total = observer.curvature_sum(layer, inputs, samples, originals)
             yield _one(name, 0, _reduced(name, total, 0, walk))
+
+
+@contextmanager
+def _watched(
+    step: Step, estimator: SequentialEstimator, layers: Collection[str]
+) -> Iterator[Callable[[str, Sequence[Tensor]], CurvatureSum]]:
+    """Give the function from a layer and its inputs, which may be none, to its sums, with drift where it is asked for.
+
+    The full-precision batches have gone on to the next layer when it returns.
+    """
+    samples = [batch.samples for batch in step.inputs]
+    if step.full_precision is None:
+        with estimator.watch(step.block) as plain:
+            yield lambda name, inputs: plain.curvature_sum(step.block.layers[name], inputs, samples if inputs else [])
+        return
+    if not isinstance(estimator, DriftEstimator):
+        raise RuntimeError(f"{type(estimator).__name__} cannot tell drift; this is to be refused before any work")
+    with estimator.watch(step.block) as observer, lockstep(step.full_precision, layers) as originals:
+        place = originals.advance()
+
+        def sums(name: str, inputs: Sequence[Tensor]) -> CurvatureSum:
+            nonlocal place
+            layer = step.block.layers[name]
+            if not inputs:
+                return observer.curvature_sum(layer, [], [], [])
+            if place != name:
+                raise AptqError(
+                    f"{step.block.name} comes to {name} on the quantized model's activations and to {place} on the "
+                    "full-precision model's, so they cannot be compared. Use a quantizer that needs no drift."
+                )
+            total = observer.curvature_sum(layer, inputs, samples, originals.inputs())
+            if total.drift is None:
+                raise AptqError(f"{type(estimator).__name__} says that it gives drift and gave none for {name}.")
+            place = originals.advance()
+            return total
+
+        yield sums
 
 
 def _one(name: str, owner: int, curvature: Curvature | None) -> Observed:

@@ -15,6 +15,7 @@ from aptq.api import (
     Block,
     Callback,
     Curvature,
+    DriftEstimator,
     Format,
     HessianEstimator,
     Layer,
@@ -24,8 +25,8 @@ from aptq.api import (
     SequentialEstimator,
 )
 from aptq.calibration.distribute import broadcast_tensors
-from aptq.calibration.observe import Observed, observe, observe_in_turn
-from aptq.calibration.rounding import Preparations, round_layer
+from aptq.calibration.observe import Observed, observe, observe_head, observe_in_turn
+from aptq.calibration.rounding import Preparations, needs_drift, round_layer
 from aptq.calibration.walk import Step, Walk
 from aptq.models.structure import has_experts
 
@@ -71,11 +72,13 @@ def quantize(walk: Walk, recipe: Recipe, store: BlockStore, callbacks: Callback)
     which gives the next block bit for bit the inputs it would have had without the interruption.
     """
     reports: list[LayerReport] = []
-    for step in walk.steps():
+    for step in walk.steps(full_precision=needs_drift(recipe.quantizer)):
         index = step.block.index
         callbacks.on_advance(stage=STAGE, done=index, detail=step.block.name)
         if walk.fabric.broadcast(store.block_done(index)):
             tensors, rows = store.load_block(index)
+            if step.full_precision is not None:
+                step.full_precision.run()  # on the original weights
             if recipe.prefix == "quantized":
                 _restore(step.block, recipe, tensors, walk.fabric.device)
         else:
@@ -149,6 +152,8 @@ def _observed(step: Step, recipe: Recipe, walk: Walk, layers: Collection[str]) -
     """Give the layers' curvatures: one layer after the other as they are rounded, or all at once."""
     if recipe.prefix == "full_precision":  # all before any is rounded, and so are the block's outputs
         return [observe(step, recipe.estimator, walk, need_outputs=not step.last)]
+    if step.full_precision is not None and step.last and isinstance(recipe.estimator, DriftEstimator):
+        return observe_head(step, recipe.estimator, walk)
     one_path = not step.last and not has_experts(step.block.module)
     if recipe.true_sequential and one_path and isinstance(recipe.estimator, SequentialEstimator):
         return observe_in_turn(step, recipe.estimator, walk, layers)

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from aptq.api import Curvature, Factors, Format, Option, QuantizedWeight, Quantizer
+from aptq.api import Curvature, DriftQuantizer, Factors, Format, Option, QuantizedWeight, Quantizer
+
+
+def needs_drift(quantizer: Quantizer) -> bool:
+    """Say whether pass 2 has to compare each layer's inputs with the full-precision model's."""
+    return isinstance(quantizer, DriftQuantizer) and quantizer.needs_drift
 
 
 class Preparations:
@@ -32,7 +37,7 @@ class Preparations:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Outcome:
-    """A rounded layer. Errors are ``Curvature.quadratic`` of the weight difference."""
+    """A rounded layer. Errors are ``Curvature.quadratic`` of the weight difference, whatever the quantizer aimed at."""
 
     weight: QuantizedWeight
     error: float

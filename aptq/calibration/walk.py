@@ -40,6 +40,7 @@ class Step:
     outputs: list[Tensor] = field(default_factory=list)
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # the precision that blocks run in
     last: bool = False  # nothing follows (the head): outputs, which are logits, are not kept
+    full_precision: Step | None = None  # the same block with what the full-precision model feeds it, where asked for
 
     def run(self) -> None:
         """Run the block on every batch and keep its outputs."""
@@ -77,6 +78,7 @@ class Walk:
         self._calls: dict[tuple[int, ...], list[_Call]] = {}  # by shape of the batch, one entry a block
         self._returns_tuple = False
         self.last_hidden: list[Tensor] = []
+        self._last_full_precision: list[Tensor] = []
         # Fabric's precision is for float32 models; others run in the dtype that they were stored in.
         self.autocast = fabric.autocast if source.dtype == torch.float32 else nullcontext
 
@@ -84,32 +86,47 @@ class Walk:
         """Return a walk of its own with the first ``tokens`` of the first sample."""
         return Walk(self.source, self.samples[:1, :tokens], 1, self.fabric)
 
-    def steps(self) -> Iterator[Step]:
-        """Yield each block in turn, then the head if it is to be quantized; raise as ``blocks`` does."""
-        yield from self.blocks()
-        if self.source.head_name is not None:
-            inputs = self._head_inputs(self.source.head_name)
-            yield Step(block=self.source.load_head(), inputs=inputs, autocast=self.autocast, last=True)
+    def steps(self, *, full_precision: bool = False) -> Iterator[Step]:
+        """Yield each block in turn, then the head if it is to be quantized; take and raise what ``blocks`` does."""
+        yield from self.blocks(full_precision=full_precision)
+        if (name := self.source.head_name) is not None:
+            originals = self._head_inputs(name, self._last_full_precision) if full_precision else None
+            inputs = self._head_inputs(name, self.last_hidden)
+            yield self._step(self.source.load_head(), inputs, originals, last=True)
 
-    def blocks(self) -> Iterator[Step]:
-        """Yield each block in turn; raise ``AptqError`` where activations stop being finite."""
+    def blocks(self, *, full_precision: bool = False) -> Iterator[Step]:
+        """Yield each block in turn; raise ``AptqError`` where activations stop being finite.
+
+        ``full_precision`` sends a second set of activations along: those of the model as it was. Each step has them in
+        a step of their own, which has to be run *before* the block's weights change. One more hidden state a sample.
+        """
         hidden = self._first_inputs()
+        beside = hidden if full_precision else None
         for index in range(len(self.source.block_names)):
             block = self.source.load_block(index, self.fabric.device)
-            inputs = [self._inputs(index, number, x) for number, x in enumerate(hidden)]
-            step = Step(block=block, inputs=inputs, autocast=self.autocast)
-            del hidden, inputs
+            originals = None if beside is None else self._inputs(index, beside)
+            step = self._step(block, self._inputs(index, hidden), originals)
+            del hidden, beside, originals
             yield step
             hidden = step.outputs
+            beside = None if step.full_precision is None else step.full_precision.outputs
             self.source.release_block(index)
             if not all(all_finite(x) for x in hidden):
                 raise AptqError(
                     f"The outputs of block {block.name} hold NaN or Inf. If the model is stored in float16, try "
                     "model.dtype=bfloat16 or float32; otherwise look at its weights, or at a damping that is too small."
                 )
-        self.last_hidden = hidden
+        self.last_hidden, self._last_full_precision = hidden, beside or []
 
-    def _head_inputs(self, name: str) -> list[BlockInputs]:
+    def _step(
+        self, block: Block, inputs: list[BlockInputs], originals: list[BlockInputs] | None, last: bool = False
+    ) -> Step:
+        step = Step(block=block, inputs=inputs, autocast=self.autocast, last=last)
+        if originals is not None:
+            step.full_precision = Step(block=block, inputs=originals, autocast=self.autocast, last=last)
+        return step
+
+    def _head_inputs(self, name: str, last_hidden: list[Tensor]) -> list[BlockInputs]:
         """Run what lies between the last block and the head; one sample each, since its outputs are wide."""
         caught: list[BlockInputs] = []
 
@@ -119,7 +136,7 @@ class Walk:
 
         handle = self.source.model.get_submodule(name).register_forward_pre_hook(catch)
         try:
-            for batch, hidden in zip(self._batches, self.last_hidden, strict=True):
+            for batch, hidden in zip(self._batches, last_hidden, strict=True):
                 with suppress(_Reached):
                     self._run_around(batch, hidden)
         finally:
@@ -132,9 +149,13 @@ class Walk:
         with stand_ins, torch.no_grad(), self.autocast():
             return self.source.model(input_ids=batch, use_cache=False)
 
-    def _inputs(self, index: int, batch: int, hidden: Tensor) -> BlockInputs:
-        args, kwargs = self._calls[tuple(self._batches[batch].shape)][index]
-        return BlockInputs(hidden=hidden, args=args, kwargs=kwargs, samples=self._numbers[batch])
+    def _inputs(self, index: int, hidden: list[Tensor]) -> list[BlockInputs]:
+        """Return what a block is called with, batch by batch."""
+        inputs = []
+        for batch, numbers, states in zip(self._batches, self._numbers, hidden, strict=True):
+            args, kwargs = self._calls[tuple(batch.shape)][index]
+            inputs.append(BlockInputs(hidden=states, args=args, kwargs=kwargs, samples=numbers))
+        return inputs
 
     def _first_inputs(self) -> list[Tensor]:
         """Run the model without its blocks on every batch; return what reaches the first block, keep all calls."""

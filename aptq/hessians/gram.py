@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,18 @@ def add_gram(matrix: Tensor, rows: Tensor, factor: float) -> None:
     for start in range(0, width, _STRIP):
         stop = min(start + _STRIP, width)
         matrix[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop], alpha=factor)
+
+
+def drift_between(inputs: Sequence[Tensor], full_precision: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Return the sum of ``2 (x_f - x) x^T`` over the tokens of ``x [..., in]``, in shape and dtype of a Gram matrix.
+
+    ``x_f`` is the token of ``full_precision`` in the place of ``x``. The difference is taken first: it is small.
+    """
+    total = torch.zeros_like(like)
+    for batch, original in zip(inputs, full_precision, strict=True):
+        rows = batch.reshape(-1, batch.shape[-1]).to(like.dtype)
+        total.addmm_((original.reshape(rows.shape).to(like.dtype) - rows).T, rows, alpha=2.0)
+    return total
 
 
 def mirror(matrices: Tensor) -> None:

@@ -18,6 +18,11 @@ class Input:
     up) share one sum.
     """
 
+    @property
+    def gives_drift(self) -> bool:
+        """Yes: ``2 sum_t (x_f - x) x^T`` takes no more than the inputs of both models."""
+        return True
+
     @contextmanager
     def observe(self, block: Block, *, need_outputs: bool = True) -> Iterator[InputObserver]:
         """Hook every layer's input; the hooks return nothing, so activations stay as they are."""

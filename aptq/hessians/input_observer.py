@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from aptq.api import Block, BlockInputs, CurvatureSum, Layer
-from aptq.hessians.gram import add_gram, empty_sum, mirror
+from aptq.hessians.gram import add_gram, drift_between, empty_sum, mirror
 
 
 def add_inputs(total: CurvatureSum, x: Tensor) -> None:
@@ -21,19 +21,28 @@ class InputLayers:
     """``2 X^T X`` for each layer, once for layers that are called with the same tensors one after the other."""
 
     def __init__(self) -> None:
-        self._inputs: Sequence[Tensor] = ()
+        self._seen: Sequence[Tensor] = ()
         self._total: CurvatureSum | None = None
 
-    def curvature_sum(self, layer: Layer, inputs: Sequence[Tensor], samples: Sequence[Sequence[int]]) -> CurvatureSum:
-        """See ``aptq.api.LayerObserver``."""
+    def curvature_sum(
+        self,
+        layer: Layer,
+        inputs: Sequence[Tensor],
+        samples: Sequence[Sequence[int]],
+        full_precision: Sequence[Tensor] | None = None,
+    ) -> CurvatureSum:
+        """See ``aptq.api.DriftObserver``."""
         del samples
-        same = len(inputs) == len(self._inputs) > 0 and all(x is y for x, y in zip(inputs, self._inputs, strict=True))
+        seen = [*inputs, *(full_precision or ())]
+        same = len(seen) == len(self._seen) > 0 and all(x is y for x, y in zip(seen, self._seen, strict=True))
         if self._total is None or not same:
             self._total = empty_sum(layer)
             for x in inputs:
                 add_inputs(self._total, x)
             mirror(self._total.column)
-        self._inputs = inputs
+            if full_precision is not None:
+                self._total.drift = drift_between(inputs, full_precision, self._total.column[0])[None]
+        self._seen = seen
         return self._total
 
 

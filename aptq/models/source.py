@@ -19,7 +19,7 @@ from aptq.errors import AptqError
 from aptq.models.load import ModelFiles, find_files, load_config
 from aptq.models.memory import trim
 from aptq.models.opening import Opened, assign, from_pretrained, open_resident, open_streamed
-from aptq.models.structure import LinearLayer, apply_skip, find_blocks, find_layers, linear_names
+from aptq.models.structure import LinearLayer, apply_skip, find_blocks, find_layers, has_experts, linear_names
 from aptq.settings import ModelSettings
 
 __all__ = ["ModelSource", "open_model"]
@@ -91,6 +91,11 @@ class ModelSource:
     def head_name(self) -> str | None:
         """Name of the head, when it is to be quantized."""
         return None if self._head is None else self._head.name
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether some block sends each token through a few of many layers."""
+        return any(has_experts(block) for block in self._blocks)
 
     def load_head(self) -> Block:
         """Return the head as the last block, with a weight of its own: a tied embedding stays as it is."""

@@ -1,6 +1,7 @@
 """FOEM: GPTQ that counts the first-order term of the loss at weights that compensation has moved.
 
-Source: "First-Order Error Matters" (FOEM, arXiv 2507.11017), its update as its authors publish it in code.
+Source: Zheng et al., "First-Order Error Matters: Accurate Compensation for Quantized Large Language Models" (AAAI 2026,
+arXiv 2507.11017), with the update as it is in published code.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from aptq.quantizers.columns import Feedback, check_options, factorize, round_we
 
 @dataclass(frozen=True)
 class FOEM:
-    """GPTQ whose columns are drawn back to the weights of the original model, by a share ``beta`` of their drift.
+    """GPTQ whose columns are drawn back to the weights of the original model, ``beta`` being the share of the way.
 
     A column ``w`` that waits to be rounded has been moved by the errors of those before it, away from what it was,
     ``v``. The gradient there is taken to be ``g = beta (w - v) H``, and the step that minimises
@@ -23,8 +24,8 @@ class FOEM:
 
         ``d = -beta (w - v) - e_j K_j / K_jj``,   ``e_j = (w_j - q_j) - beta (w_j - v_j)``:
 
-    the error that is fed back is less ``beta (w_j - v_j)``, and the columns to come are drawn back. The authors'
-    code applies the second part to the next column only, just before it is rounded, and so does this. In a loop with
+    the error that is fed back is less ``beta (w_j - v_j)``, and the columns to come are drawn back. The published code
+    applies the second part to the next column only, just before it is rounded, and so does this. In a loop with
     feedback of unit diagonal it comes to two steps of linear interpolation from ``w_j`` to ``v_j``: one before rounding
     ``w_j``, one more before taking its error. ``beta = 0`` is GPTQ to the bit.
 

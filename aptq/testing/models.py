@@ -15,6 +15,7 @@ from aptq.api import (
     Block,
     BlockInputs,
     CurvatureSum,
+    DriftEstimator,
     EvaluationText,
     Evaluator,
     HessianEstimator,
@@ -121,25 +122,47 @@ def check_hessian(
         _check_close(observer.sums(), one_by_one, "without need for outputs")
     if isinstance(estimator, SequentialEstimator):
         _check_close(_from_inputs(estimator, block, _split(inputs, 1)), together, "from layer to layer")
+    if isinstance(estimator, DriftEstimator) and estimator.gives_drift:
+        _check_drift(estimator, block, inputs)
     _check_failure(estimator, block, inputs)
+
+
+def _check_drift(estimator: DriftEstimator, block: Block, inputs: BlockInputs) -> None:
+    """Inputs that are the same have none; where the original ones were twice as large, it is the curvature itself."""
+    for scale, size in ((1.0, 1), (2.0, 1), (2.0, inputs.hidden.shape[0])):
+        batches = _split(inputs, size)
+        samples = [batch.samples for batch in batches]
+        with torch.no_grad(), estimator.watch(block) as observer:
+            seen = _layer_inputs(block, batches)
+            for name, layer in block.layers.items():
+                total = observer.curvature_sum(layer, seen[name], samples, [scale * x for x in seen[name]])
+                assert total.drift is not None, f"{name}: gives_drift is true, and there is no drift."
+                expect(total.drift.shape == total.column.shape, f"{name}: drift is {tuple(total.drift.shape)}.")
+                error = (total.drift - (scale - 1) * total.column).abs().max() / total.column.abs().max()
+                expect(bool(error <= 1e-4), f"{name}: drift of {scale:g} x instead of x is off by {float(error):.3g}.")
 
 
 def _from_inputs(
     estimator: SequentialEstimator, block: Block, batches: Sequence[BlockInputs]
 ) -> dict[str, CurvatureSum]:
+    with torch.no_grad(), estimator.watch(block) as observer:
+        seen, samples = _layer_inputs(block, batches), [batch.samples for batch in batches]
+        return {name: observer.curvature_sum(layer, seen[name], samples) for name, layer in block.layers.items()}
+
+
+def _layer_inputs(block: Block, batches: Sequence[BlockInputs]) -> dict[str, list[Tensor]]:
+    """Run a block; return what each of its layers is called with, by batch."""
     seen: dict[str, list[Tensor]] = {name: [] for name in block.layers}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: seen[name].append(args[0])
 
     handles = [layer.module.register_forward_pre_hook(keep(name)) for name, layer in block.layers.items()]
-    with torch.no_grad(), estimator.watch(block) as observer:
-        for batch in batches:
-            batch.run(block.module)
-        for handle in handles:
-            handle.remove()
-        samples = [batch.samples for batch in batches]
-        return {name: observer.curvature_sum(layer, seen[name], samples) for name, layer in block.layers.items()}
+    for batch in batches:
+        batch.run(block.module)
+    for handle in handles:
+        handle.remove()
+    return seen
 
 
 def _split(inputs: BlockInputs, size: int) -> list[BlockInputs]:

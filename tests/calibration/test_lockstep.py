@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,22 @@ def test_the_block_can_be_run_on_the_side() -> None:
         with torch.no_grad():
             assert step.inputs[0].run(step.block.module).shape == (2, 5, WIDTH)
         assert batches.advance() == "block.layers.1"
+
+
+def test_two_sets_of_batches_go_through_one_block() -> None:
+    """One is a layer ahead: it has passed each layer before that is rounded, and ends as the block was."""
+    step, other = _step(_Chain()), _step(_Chain())
+    beside = Step(block=step.block, inputs=[replace(batch, hidden=2 * batch.hidden) for batch in step.inputs])
+    with torch.no_grad():
+        expected = [batch.run(step.block.module) for batch in beside.inputs]
+    with lockstep(step, step.block.layers) as batches, lockstep(beside, step.block.layers) as ahead:
+        place = ahead.advance()
+        while (name := batches.advance()) is not None:
+            assert name == place
+            assert len(ahead.inputs()) == len(batches.inputs()) == 3
+            place = ahead.advance()
+            step.block.layers[name].set_weight(step.block.layers[name].weight().round(decimals=1))
+        assert place is None
+    assert all(torch.equal(a, b) for a, b in zip(beside.outputs, expected, strict=True))
+    _round_as_they_come(other)
+    assert all(torch.equal(a, b) for a, b in zip(step.outputs, other.outputs, strict=True))

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from aptq.api import Callback, Curvature, LayerReport, LayerStatistics, Option
+from aptq.api import Callback, Curvature, LayerReport, LayerStatistics, Option, Quantizer
 from aptq.calibration.measure import measure
 from aptq.calibration.quantize import Recipe, quantize, stored_logits
 from aptq.calibration.statistics import StatisticsCache, content_key
@@ -19,6 +19,7 @@ from aptq.hessians.attention import Attention
 from aptq.hessians.input import Input
 from aptq.models import open_model
 from aptq.quantizers.columns import Feedback
+from aptq.quantizers.gptaq import GPTAQ, GPTAQFactors
 from aptq.quantizers.gptq import GPTQ
 from aptq.quantizers.nearest import Nearest
 from aptq.settings import ModelSettings
@@ -60,7 +61,7 @@ class _Memory:
 
 
 def _recipe(
-    walk: Walk, bits: Mapping[str, int] | int = 3, quantizer: GPTQ | Nearest | None = None, true_sequential: bool = True
+    walk: Walk, bits: Mapping[str, int] | int = 3, quantizer: Quantizer | None = None, true_sequential: bool = True
 ) -> Recipe:
     names = walk.source.layer_shapes()
     chosen = dict.fromkeys(names, bits) if isinstance(bits, int) else bits
@@ -169,8 +170,8 @@ def test_experts_that_no_token_reaches_are_rounded_to_nearest(
     walk, store = _walk(tiny_model_folder("mixtral")), _Memory()
     steps = walk.steps
 
-    def starved() -> Iterator[Step]:
-        for step in steps():
+    def starved(**options: bool) -> Iterator[Step]:
+        for step in steps(**options):
             router = step.block.module.mlp.gate  # type: ignore[union-attr]
             router.weight.data.zero_()  # ties go to the first experts: the last ones starve
             yield step
@@ -254,6 +255,82 @@ def test_stored_blocks_end_in_the_logits_of_the_walk_that_rounded_them(family: s
     quantize(walk, _recipe(walk), store, Callback())
     again = _walk(tiny_model_folder(family))
     assert torch.equal(stored_logits(again.beginning(64), _recipe(walk), store), walk.logits())
+
+
+class _Keeping(GPTAQ):
+    """Remembers the drift of each curvature."""
+
+    def prepare(self, curvature: Curvature) -> GPTAQFactors:
+        assert curvature.drift is not None
+        self.__dict__.setdefault("kept", []).append(curvature.drift)
+        return super().prepare(curvature)
+
+
+def _layer_inputs(walk: Walk, store: _Memory | None) -> dict[str, Tensor]:
+    """Return what every layer is called with, ``[samples, tokens, in]``, in the original or in the stored model."""
+    seen: dict[str, list[Tensor]] = {}
+    for step in walk.steps():
+        for name, layer in step.block.layers.items():
+            if store is not None:
+                option, (tensors, _) = Option(3, 32), store.blocks[step.block.index]
+                packed = {key: tensors[f"{name}.{key}"] for key in Integer().packed_layout(option, layer.shape)}
+                layer.set_weight(Integer().dequantize(Integer().unpack(packed, option, layer.shape), option))
+            layer.module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
+        step.last = False  # the head is run, too
+        step.run()
+        for layer in step.block.layers.values():
+            layer.module._forward_pre_hooks.clear()
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi", "gpt2", "opt", "gemma2"])
+def test_drift_is_the_distance_from_the_full_precision_models_inputs(family: str, tiny_model_folder: Folder) -> None:
+    settings = ModelSettings(path=str(tiny_model_folder(family)), quantize_head=True)
+    samples = torch.randint(4, 260, (3, 64), generator=torch.Generator().manual_seed(0))
+    walks = [Walk(open_model(settings), samples, 2, Fabric(accelerator="cpu", devices=1)) for _ in range(3)]
+    quantizer, store = _Keeping(), _Memory()
+    quantize(walks[0], _recipe(walks[0], quantizer=quantizer), store, Callback())
+    full, now = _layer_inputs(walks[1], None), _layer_inputs(walks[2], store)
+    kept = iter(quantizer.__dict__["kept"])
+    found = 0
+    last: Tensor | None = None
+    for name in full:  # in the order of the calls
+        x = now[name].reshape(-1, now[name].shape[-1]).double()
+        expected = 2 * (full[name].reshape(x.shape).double() - x).T @ x / samples.numel()
+        if last is None or not torch.equal(expected, last):  # layers that share their inputs share a curvature
+            assert torch.allclose(next(kept)[0].double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+            found += 1
+        last = expected
+    assert next(kept, None) is None
+    assert found > 3 * 3, "three blocks and the head"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("done", [1, 3])
+def test_resuming_with_drift_gives_the_same_bits(family: str, done: int, tiny_model_folder: Folder) -> None:
+    stores = [_Memory(), _Memory()]
+    for store in stores:
+        walk = _walk(tiny_model_folder(family))
+        quantize(walk, _recipe(walk, quantizer=GPTAQ()), store, Callback())
+        stores[1].blocks |= {index: store.blocks[index] for index in range(done)}
+    assert _same(*stores)
+    plain, walk = _Memory(), _walk(tiny_model_folder(family))
+    quantize(walk, _recipe(walk), plain, Callback())
+    assert not _same(plain, stores[0])
+
+
+def test_towards_the_original_model_the_outputs_stay_nearer_to_it(tiny_model_folder: Folder) -> None:
+    """At the first blocks' ends, on the calibration text, which is what the objective is about."""
+    original = _walk(tiny_model_folder())
+    for step in original.steps():
+        step.run()
+    distances = []
+    for quantizer in (GPTAQ(), GPTQ()):
+        walk = _walk(tiny_model_folder())
+        quantize(walk, _recipe(walk, quantizer=quantizer), _Memory(), Callback())
+        pairs = zip(walk.last_hidden, original.last_hidden, strict=True)
+        distances.append(sum((a - b).square().sum().item() for a, b in pairs))
+    assert distances[0] < distances[1]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2_moe"])

@@ -76,3 +76,22 @@ def test_activations_that_are_not_finite_name_the_block(tiny_model_folder: Calla
 
     with pytest.raises(AptqError, match=r"block model\.layers\.1 hold NaN or Inf"):
         go()
+
+
+def test_full_precision_activations_travel_beside_those_of_changed_blocks(
+    tiny_model_folder: Callable[..., Path],
+) -> None:
+    folder, samples = tiny_model_folder(), tokens()
+    original, changed = make_walk(folder, samples), make_walk(folder, samples)
+    for plain, step in zip(original.steps(), changed.steps(full_precision=True), strict=True):
+        assert plain.full_precision is None
+        assert step.full_precision is not None
+        given = [batch.hidden for batch in step.full_precision.inputs]
+        assert all(torch.equal(a, batch.hidden) for a, batch in zip(given, plain.inputs, strict=True))
+        same = all(torch.equal(a, batch.hidden) for a, batch in zip(given, step.inputs, strict=True))
+        assert same == (step.block.index == 0)
+        plain.run()
+        step.full_precision.run()
+        for layer in step.block.layers.values():
+            layer.set_weight(1.1 * layer.weight())
+        step.run()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from aptq.hessians.gram import add_gram, empty_sum, mirror
+from aptq.hessians.gram import add_gram, drift_between, empty_sum, mirror
 from aptq.models.structure import LinearLayer
 
 
@@ -17,6 +17,13 @@ def test_batches_add_up_to_the_whole_product(width: int) -> None:
     mirror(matrix[None])
     assert torch.allclose(matrix, 2 * x.T @ x)
     assert torch.equal(matrix, matrix.T)
+
+
+def test_drift_is_summed_over_batches_and_its_rows_are_the_differences() -> None:
+    x, full = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    drift = drift_between(x.split(4), full.split(4), torch.zeros(7, 7, dtype=torch.float64))
+    expected = 2 * torch.einsum("sti,stj->ij", full - x, x)
+    assert torch.allclose(drift, expected)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from torch import nn
 
 from aptq.api import Block, BlockInputs
 from aptq.hessians.input import Input
+from aptq.hessians.input_observer import InputLayers
 from aptq.models.structure import find_layers
 from aptq.testing.models import tiny_block
 
@@ -72,3 +73,20 @@ def test_a_layer_that_is_never_called_has_zeros() -> None:
     sums, _ = _observed()
     assert sums["b.unused"].tokens == 0
     assert not sums["b.unused"].column.any()
+
+
+def test_drift_is_shared_where_both_models_share_their_inputs() -> None:
+    layer, (x, full) = tiny_block().layers["model.layers.0.gate_proj"], torch.randn(2, 3, 5, 24)
+    layers = InputLayers()
+    first = layers.curvature_sum(layer, [x], [[0, 1, 2]], [full])
+    assert layers.curvature_sum(layer, [x], [[0, 1, 2]], [full]) is first
+    assert layers.curvature_sum(layer, [x], [[0, 1, 2]], [full.clone()]) is not first
+    assert layers.curvature_sum(layer, [x], [[0, 1, 2]]).drift is None
+    assert first.drift is not None
+    assert first.drift.shape == first.column.shape
+
+
+def test_a_layer_without_inputs_has_no_drift() -> None:
+    total = InputLayers().curvature_sum(tiny_block().layers["model.layers.0.gate_proj"], [], [], [])
+    assert total.drift is not None
+    assert not total.drift.any()
