@@ -88,6 +88,7 @@ def _run(config: DictConfig) -> None:
         "evaluate": _evaluate,
         "export": _export,
         "report": _report,
+        "paper": _paper,
     }
     try:
         tasks[config.task](config)
@@ -110,7 +111,15 @@ def _log_to(folder: Path) -> None:
     logging.getLogger().addHandler(handler)
 
 
-def _quantize(config: DictConfig) -> None:
+def _close_logs() -> None:
+    """Write no more into the folders of runs that are over."""
+    for handler in [each for each in logging.getLogger().handlers if isinstance(each, logging.FileHandler)]:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def _quantize(config: DictConfig) -> bool:
+    """Quantize; say whether this process is the first rank, which writes."""
     from aptq.experiment import build_experiment
     from aptq.pipeline import quantize_model
     from aptq.report import write_report
@@ -123,6 +132,23 @@ def _quantize(config: DictConfig) -> None:
     if first:
         page = write_report(run.folder)
         print_summary(run, page)
+    return first
+
+
+def _paper(config: DictConfig) -> None:
+    from aptq.paper import write_paper
+    from aptq.paper.rows import rows_of, unfinished
+
+    _refuse_unsafe_sweep(config)
+    rows = rows_of(config)
+    first = True
+    for name, row in unfinished(rows).items():
+        _log.info("paper: row %s, %s", name, row.run.dir)
+        first = _quantize(row)
+        _close_logs()
+    if first:
+        page = write_paper(Path(config.run.dir), {name: Path(row.run.dir) for name, row in rows.items()})
+        Console().print(f"Wrote [bold]{_escaped(str(page))}[/]")
 
 
 def _evaluate(config: DictConfig) -> None:
@@ -147,11 +173,12 @@ def _report(config: DictConfig) -> None:
 
 
 def _refuse_unsafe_sweep(config: DictConfig) -> None:
-    """Lightning starts other processes with this command line: each of them would begin the whole sweep again."""
+    """Lightning starts other processes with this command line: each of them would begin all of its runs again."""
     several = config.fabric.devices not in (1, "1") or config.fabric.num_nodes != 1
     launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"))
-    if HydraConfig.get().mode == RunMode.MULTIRUN and several and not launched:
+    many_runs = HydraConfig.get().mode == RunMode.MULTIRUN or config.task == "paper"
+    if many_runs and several and not launched:
         raise AptqError(
-            f"A sweep with fabric.devices={config.fabric.devices} has to be started by torchrun, since each process "
-            "would begin the sweep again. Use: torchrun --nproc-per-node N -m aptq -m ..., or fabric.devices=1."
+            f"Several runs with fabric.devices={config.fabric.devices} have to be started by torchrun, since each "
+            "process would begin all of them again. Use: torchrun --nproc-per-node N -m aptq ..., or fabric.devices=1."
         )

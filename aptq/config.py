@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ import psutil
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -95,8 +97,13 @@ def compose(overrides: Sequence[str] = (), config_name: str = "quantize") -> Dic
         AptqError: an override names what does not exist; the message gives the nearest name.
     """
     prepare_hydra()
+    inside = GlobalHydra.instance().is_initialized()  # a job of the command line: what it was started with stays
     try:
-        with initialize_config_dir(config_dir=str(CONF), version_base=VERSION_BASE, job_name="aptq"):
+        with (
+            nullcontext()
+            if inside
+            else initialize_config_dir(config_dir=str(CONF), version_base=VERSION_BASE, job_name="aptq")
+        ):
             return hydra_compose(config_name=config_name, overrides=list(overrides))
     except Exception as error:
         if explanation := explain_hydra_error(error):

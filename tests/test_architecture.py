@@ -30,7 +30,10 @@ ALSO = {
 CHOOSERS = {"aptq.backends.select"}
 """Modules that stand beside components and choose among them: engine, not component."""
 
-OPEN_CONFIGS = {"aptq.cli", "aptq.config", "aptq.config_errors", "aptq.experiment", "aptq.registry"}
+OPEN_CONFIGS = {
+    *("aptq.cli", "aptq.config", "aptq.config_errors", "aptq.experiment", "aptq.registry"),
+    "aptq.paper.rows",
+}
 """The edge: only these see OmegaConf or Hydra."""
 
 

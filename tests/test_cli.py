@@ -1,5 +1,6 @@
 """The command line, as a user meets it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -68,3 +69,35 @@ def test_a_sweep_leaves_one_run_each_and_prints_tables(
     for run in runs:
         assert {"model", "report.html", "metrics.json", "log.txt", "csv"} <= {path.name for path in run.iterdir()}
     assert done.stdout.count("perplexity on text") == 2
+
+
+def test_the_papers_tables_are_one_command_that_goes_on_where_it_stopped(
+    aptq: Callable[..., subprocess.CompletedProcess[str]], tiny_model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"{number} bottles of beer on the wall" for number in range(99)))
+    command = (
+        *("experiment=paper_smollm2", f"model.path={tiny_model_folder()}", "data=text", f"data.path={text}"),
+        *("data.num_samples=2", "data.sequence_length=64", f"data.evaluation_path={{c4: {text}, wikitext2: {text}}}"),
+        *("evaluator.num_sequences=2", "name=paper", "fabric=cpu", f"cache_dir={tmp_path / 'cache'}"),
+        *("~rows.rtn_4", "~rows.gptq_4", *(f"~rows.aptq_{share}" for share in (100, 90, 80, 70, 60, 40))),
+        *(f"~rows.manual_blockwise_{share}_{keep}" for share in (75, 50) for keep in ("first", "last", "alternating")),
+    )
+    done = aptq(*command)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "paper"
+    rows = ("aptq_75", "aptq_50")
+    assert {path.name for path in folder.iterdir()} == {*rows, "tables.md", "report.html", "figure2.png"}
+    for row in rows:
+        assert {"model", "plan.json", "report.html", "log.txt"} <= {path.name for path in (folder / row).iterdir()}
+        assert "agrees" in (folder / row / "log.txt").read_text()
+        assert "runs/paper/" not in (folder / row / "log.txt").read_text(), "that is of the next row"
+    measured = [json.loads((folder / row / "metrics.json").read_text())["seconds"]["measure"] for row in rows]
+    assert measured[1] < 0.1 * measured[0], "rows share the statistics of pass 1"
+    tables = (folder / "tables.md").read_text()
+    (folder / "aptq_50" / "metrics.json").unlink()
+    (folder / "tables.md").unlink()
+    again = aptq(*command)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("perplexity on c4") == 1, "only the row without an end was run"
+    assert (folder / "tables.md").read_text() == tables

@@ -35,9 +35,9 @@ def test_every_component_config_builds_what_it_names(kind: str) -> None:
 @pytest.mark.parametrize("name", sorted(path.stem for path in (config.CONF / "experiment").glob("*.yaml")))
 def test_every_experiment_composes_and_its_components_build(name: str) -> None:
     composed = config.compose([f"experiment={name}"])
-    assert composed.task == "quantize"
+    assert composed.task == ("paper" if name.startswith("paper") else "quantize")
     for kind in ("hessian", "metric", "allocator", "format", "quantizer", "exporter", "evaluator"):
-        assert build(kind, composed[kind]) is not None
+        assert kind not in composed or build(kind, composed[kind]) is not None
 
 
 @pytest.mark.parametrize("share", [100, 90, 80, 75, 70, 60, 50, 40])

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from aptq.files import write_bytes, write_text
-from aptq.report import figures, words
-from aptq.report.content import Content, collect
+from aptq.report import figures
+from aptq.report.content import collect
+from aptq.report.page import render
 from aptq.run import Run
 
 __all__ = ["write_report"]
@@ -26,19 +25,5 @@ def write_report(run_folder: Path) -> Path:
     for name, data in figures.draw(content).items():
         write_bytes(run_folder / name, data, "a figure")
     page = run_folder / "report.html"
-    write_text(page, _render(content), "the report")
+    write_text(page, render("aptq.report", run=content), "the report")
     return page
-
-
-def _render(content: Content) -> str:
-    environment = Environment(
-        loader=PackageLoader("aptq.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        bytes=words.size, seconds=words.duration, figure=words.figure, change=words.change, share=words.share
-    )
-    return environment.get_template("template.html").render(run=content)

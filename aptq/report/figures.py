@@ -43,7 +43,7 @@ def _heat_map(bits: Map) -> bytes:
     axes.set_title("Bits per layer", loc="left", fontsize=11)
     widths = sorted({value for row in bits.values for value in row if value is not None})
     figure.colorbar(image, ax=axes, label="bits", ticks=widths if len(widths) <= 8 else None)
-    return _png(figure)
+    return png(figure)
 
 
 def _lines(errors: Map) -> bytes:
@@ -60,7 +60,7 @@ def _lines(errors: Map) -> bytes:
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return _png(figure)
+    return png(figure)
 
 
 def _stages(content: Content) -> bytes:
@@ -76,10 +76,11 @@ def _stages(content: Content) -> bytes:
         memory += f", on the device {size(content.metrics['peak_device_bytes'])}"
     axes.set_title(f"Time of the stages ({memory})", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Return a figure as the content of a PNG file."""
     FigureCanvasAgg(figure)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=150, bbox_inches="tight", facecolor="white")
