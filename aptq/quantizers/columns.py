@@ -24,13 +24,16 @@ class Feedback:
     feedback: Tensor  # [heads, in, in]: U, each row divided by its diagonal entry
     diagonal: Tensor  # [heads, in]: of U
     order: Tensor  # [heads, in]: column at each position
-    importance: Tensor  # [heads, in]: diag(H + damping), in natural order
-    damping: float
+    importance: Tensor  # [heads, in]: what an error costs when later columns have made up for it, in natural order
+    hessian: Tensor  # [heads, in, in]: H without damping, in natural order
+    damping: float  # as a share of the mean diagonal
     events: tuple[str, ...]
 
 
-def check_options(damping: float, max_damping: float, block_size: int) -> None:
+def check_options(damping: float, max_damping: float, block_size: int, refine: int = 0) -> None:
     """Raise ``AptqError`` for options that cannot be."""
+    if refine < 0:
+        raise AptqError(f"quantizer.refine={refine} is not allowed; use 0 (no passes) or more.")
     if not 0.0 <= damping <= max_damping:
         raise AptqError(f"quantizer.damping={damping} is not allowed; use 0 <= damping <= max_damping={max_damping}.")
     if block_size < 1:
@@ -59,27 +62,51 @@ def factorize(curvature: Curvature, damping: float, max_damping: float, act_orde
     lower, used, events = inverse_factor(hessian, damping, max_damping)
     own = lower.diagonal(dim1=1, dim2=2).clone()
     lower /= own[:, :, None]
-    # Damped as the curvature is: what the calibration text never excites still counts for something.
-    damped = importance + used * importance.mean(1, keepdim=True)
-    return Feedback(lower.flip(1, 2), own.flip(1), order, damped, used, events)
+    own = own.flip(1)
+    # The objective of the rounding loop is the sum of e_j^2 / U_jj^2: what grids should be fitted by (see LeanQuant,
+    # ICLR 2025). What the calibration text never excites counts as its damping does.
+    conditional = torch.empty_like(own).scatter_(1, order, own.square().reciprocal())
+    idle = used * importance.mean(1, keepdim=True).expand_as(importance)
+    conditional = torch.where(importance > 0, conditional, idle)
+    return Feedback(lower.flip(1, 2), own, order, conditional, curvature.column, used, events)
 
 
 def round_weight(
-    weight: Tensor, factors: Feedback, format: Format, option: Option, *, block_size: int, pull: float = 0.0
+    weight: Tensor,
+    factors: Feedback,
+    format: Format,
+    option: Option,
+    *,
+    block_size: int,
+    pull: float = 0.0,
+    refine: int = 0,
 ) -> Rounded:
     """Round a weight ``[out, in]`` under a format, in the order of the factors; see ``round_columns``.
 
     The grid is fitted to ``weight`` beforehand and in the natural order of columns, so that what is stored knows
-    nothing of the order.
+    nothing of the order. ``refine`` passes of ``refine_columns`` follow.
     """
     by_head = weight.float().reshape(factors.order.shape[0], -1, weight.shape[-1])
     grid = format.fit(by_head, option, factors.importance)
     ordered = grid.permuted(factors.order)
-    columns = by_head.transpose(1, 2)  # [heads, in, rows]
-    head = torch.arange(columns.shape[0], device=columns.device)[:, None]
-    columns = columns.contiguous()[head, factors.order]  # a copy: the rounding loop writes to it
+    target = by_head.transpose(1, 2).contiguous()  # [heads, in, rows]
+    head = torch.arange(target.shape[0], device=target.device)[:, None]
+    columns = target[head, factors.order]  # a copy: the rounding loop writes to it
     codes = round_columns(columns, factors.feedback, ordered, block_size, pull)
-    return Rounded(weight=ordered.finish(codes), grid=grid)
+    if not refine:
+        return Rounded(weight=ordered.finish(codes), grid=grid)
+    values = format.dequantize(ordered.finish(codes), option)
+    values = values.reshape(by_head.shape).transpose(1, 2).contiguous()
+    codes = refine_columns(values, target, _damped(factors), grid, block_size, refine)
+    return Rounded(weight=grid.finish(codes), grid=grid)
+
+
+def _damped(factors: Feedback) -> Tensor:
+    """Return ``H + damping`` in natural order, with a unit diagonal where that is zero."""
+    diagonal = factors.hessian.diagonal(dim1=1, dim2=2)
+    ridge = factors.damping * diagonal.mean(1, keepdim=True).expand_as(diagonal)
+    ridge = torch.where(diagonal + ridge > 0, ridge, torch.ones_like(ridge))
+    return factors.hessian + torch.diag_embed(ridge)
 
 
 def round_columns(columns: Tensor, feedback: Tensor, grid: Grid, block_size: int, pull: float = 0.0) -> Tensor:
@@ -109,6 +136,38 @@ def round_columns(columns: Tensor, feedback: Tensor, grid: Grid, block_size: int
                 block[:, j + 1 :].baddbmm_(within[:, j, j + 1 :, None], column[:, None], alpha=-1)
         if stop < in_features:
             columns[:, stop:].baddbmm_(feedback[:, start:stop, stop:].transpose(1, 2), block, alpha=-1)
+    return torch.stack(codes, dim=1)
+
+
+def refine_columns(values: Tensor, target: Tensor, hessian: Tensor, grid: Grid, block_size: int, passes: int) -> Tensor:
+    """Lower ``tr((T - V)^T H (T - V))`` by rounding one column after the other anew; return the codes.
+
+    A column that alone may change has its optimum at ``v_j + (H (T - V))_j / H_jj``, and the level nearest to that is
+    the best there is: no step raises the objective. Each pass goes once over all columns.
+
+    Source: cyclic coordinate descent, as in QuantEase (Behdin et al., arXiv 2309.01885), started from GPTQ's result.
+
+    Args:
+        values: ``V [heads, in, rows]`` (overwritten), levels of the grid.
+        target: ``T [heads, in, rows]``.
+        hessian: ``H [heads, in, in]``, of positive diagonal.
+        grid: what is rounded to.
+        block_size: columns that are updated at once.
+        passes: at least 1.
+    """
+    gradient = hessian @ (target - values)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)[:, :, None]
+    codes = [torch.empty(0)] * values.shape[1]
+    for _ in range(passes):
+        for start in range(0, values.shape[1], block_size):
+            here = slice(start, min(start + block_size, values.shape[1]))
+            before, own = values[:, here].clone(), gradient[:, here].clone()
+            for j, column in enumerate(values[:, here].unbind(1)):
+                position = start + j
+                codes[position], value = grid.round(column + own[:, j] / diagonal[:, position], position)
+                own.baddbmm_(hessian[:, here, position, None], (value - column)[:, None], alpha=-1)
+                column.copy_(value)
+            gradient.baddbmm_(hessian[:, :, here], values[:, here] - before, alpha=-1)
     return torch.stack(codes, dim=1)
 
 

@@ -51,9 +51,10 @@ class GPTAQ:
     max_damping: float = 1.0
     act_order: bool = True
     block_size: int = 32
+    refine: int = 0
 
     def __post_init__(self) -> None:
-        check_options(self.damping, self.max_damping, self.block_size)
+        check_options(self.damping, self.max_damping, self.block_size, self.refine)
         if not 0.0 < self.alpha <= 1.0:
             raise AptqError(
                 f"quantizer.alpha={self.alpha} is not allowed; use more than 0 (that would be quantizer=gptq), up to 1."
@@ -75,7 +76,7 @@ class GPTAQ:
         if factors.shift is not None:
             by_head = target.reshape(factors.shift.shape[0], -1, target.shape[-1])
             target = torch.baddbmm(by_head, by_head, factors.shift, alpha=self.alpha).reshape(weight.shape)
-        return round_weight(target, factors.feedback, format, option, block_size=self.block_size)
+        return round_weight(target, factors.feedback, format, option, block_size=self.block_size, refine=self.refine)
 
 
 def target_shift(drift: Tensor, factors: Feedback) -> Tensor:

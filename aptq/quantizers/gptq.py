@@ -21,16 +21,18 @@ class GPTQ:
     ``damping`` is added to the diagonal as a share of its mean; where the Cholesky factorization fails it is raised
     tenfold up to ``max_damping``, after that only the diagonal is used (round to nearest, in effect), and each step is
     reported. ``act_order`` takes columns by falling curvature; group scales are fitted beforehand, so that the stored
-    layout stays in natural order. ``block_size`` columns are updated at once (lazy batch updates).
+    layout stays in natural order. ``block_size`` columns are updated at once (lazy batch updates). ``refine`` passes of
+    coordinate descent follow, each of which rounds every column once more with all others as they are.
     """
 
     damping: float = 0.01
     max_damping: float = 1.0
     act_order: bool = True
     block_size: int = 32
+    refine: int = 0
 
     def __post_init__(self) -> None:
-        check_options(self.damping, self.max_damping, self.block_size)
+        check_options(self.damping, self.max_damping, self.block_size, self.refine)
 
     def prepare(self, curvature: Curvature) -> Feedback:
         """Order, damp and factorize the column Hessians."""
@@ -38,4 +40,4 @@ class GPTQ:
 
     def quantize(self, weight: Tensor, factors: Feedback, format: Format, option: Option) -> Rounded:
         """Choose codes for a weight ``[out, in]``."""
-        return round_weight(weight, factors, format, option, block_size=self.block_size)
+        return round_weight(weight, factors, format, option, block_size=self.block_size, refine=self.refine)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from aptq.api import Curvature, Grid, QuantizedWeight
-from aptq.quantizers.columns import factorize, inverse_factor, round_columns
+from aptq.quantizers.columns import factorize, inverse_factor, refine_columns, round_columns
 
 
 def _hessian(width: int, heads: int = 1, seed: int = 0, tokens: int = 300) -> Tensor:
@@ -83,3 +83,51 @@ def test_factors_give_the_damped_inverse(act_order: bool) -> None:
         expected = torch.linalg.inv(damped)[order][:, order]
         assert torch.allclose(upper[head].T @ upper[head], expected, rtol=1e-8, atol=1e-12)
         assert torch.equal(factors.feedback[head], factors.feedback[head].triu())
+
+
+def test_importance_is_what_an_error_costs_after_compensation() -> None:
+    hessian = _hessian(20).double()
+    factors = factorize(Curvature(column=hessian.clone(), tokens=1), 0.0, 1.0, act_order=True)
+    order = factors.order[0].tolist()
+    for place, column in enumerate(order):
+        later = order[place + 1 :]
+        cost = hessian[0, column, column]
+        if later:  # the error of this column is 1; the best that later ones can do about it
+            cross = hessian[0, later, column]
+            cost = cost - cross @ torch.linalg.solve(hessian[0][later][:, later], cross)
+        assert factors.importance[0, column].item() == pytest.approx(cost.item(), rel=1e-6)
+
+
+def _coordinate_descent(values: Tensor, target: Tensor, hessian: Tensor, step: float, passes: int) -> Tensor:
+    """Return values ``[in, rows]``: each column moved to the best level, found by trying all that are near."""
+    values = values.clone()
+    for _ in range(passes):
+        for j in range(len(values)):
+            for row in range(values.shape[1]):
+                tried = []
+                for level in step * (torch.round(values[j, row] / step) + torch.arange(-8.0, 9.0)):
+                    values[j, row] = level
+                    error = target[:, row] - values[:, row]
+                    tried.append((float(error @ hessian @ error), float(level)))
+                values[j, row] = min(tried)[1]
+    return values
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 64])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_refinement_is_coordinate_descent(block_size: int, passes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hessian = _hessian(12, heads=2).double()
+    target = torch.randn(2, 12, 3, generator=generator, dtype=torch.float64)
+    grid = _Steps(0.25)
+    start = grid.round(target + 0.2 * torch.randn(target.shape, generator=generator), slice(None))[1]
+    values = start.clone()
+    codes = refine_columns(values, target, hessian, grid, block_size, passes)
+    assert torch.equal(codes * grid.step, values)
+    for head in range(2):
+        assert torch.allclose(values[head], _coordinate_descent(start[head], target[head], hessian[head], 0.25, passes))
+
+    def objective(candidate: Tensor) -> float:
+        return float(torch.einsum("hir,hij,hjr->", target - candidate, hessian, target - candidate))
+
+    assert objective(values) < objective(start)

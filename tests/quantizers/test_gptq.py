@@ -24,13 +24,20 @@ def _quantize(quantizer: GPTQ, weight: Tensor, column: Tensor, option: Option, f
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-def test_keeps_the_contract(act_order: bool) -> None:
-    check_quantizer(GPTQ(act_order=act_order))
+@pytest.mark.parametrize("refine", [0, 2])
+def test_keeps_the_contract(act_order: bool, refine: int) -> None:
+    check_quantizer(GPTQ(act_order=act_order, refine=refine))
+
+
+def _curvature(hessian: Tensor) -> Curvature:
+    return Curvature(column=hessian[None], tokens=1)
 
 
 def _surgeon(weight: Tensor, hessian: Tensor, order: Tensor, option: Option, format: Integer, damping: float) -> Tensor:
     """Quantize by equations 2 and 3 of GPTQ, with the inverse of the remaining Hessian recomputed at every step."""
-    grid = format.fit(weight[None], option, hessian.diagonal()[None])
+    act_order = order.tolist() != list(range(len(order)))
+    quantizer = GPTQ(damping=damping, act_order=act_order)
+    grid = format.fit(weight[None], option, quantizer.prepare(_curvature(hessian)).importance)
     w, left = weight.double().clone(), order.tolist()
     damped = hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(len(hessian))
     result = torch.zeros_like(w)
@@ -76,6 +83,13 @@ def test_beats_nearest_on_the_objective_and_activation_order_helps() -> None:
     assert ordered < plain < curvature.quadratic(weight - rounded)
 
 
+def test_refinement_lowers_the_objective() -> None:
+    column, weight, option = _hessian(96, seed=4), torch.randn(32, 96), Option(3, 32)
+    curvature = Curvature(column=column, tokens=1)
+    errors = [curvature.quadratic(weight - _quantize(GPTQ(refine=n), weight, column, option)) for n in (0, 1, 3)]
+    assert errors[2] <= errors[1] < errors[0]
+
+
 def test_identity_curvature_is_nearest() -> None:
     weight, option, format = torch.randn(16, 64), Option(3, 32), Integer()
     curvature = Curvature(column=torch.eye(64)[None], tokens=1)
@@ -89,7 +103,7 @@ def test_dead_columns_do_no_harm() -> None:
     column[:, 10:20] = 0
     column[:, :, 10:20] = 0
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    values = _quantize(GPTQ(), weight, column, Option(4, 32))
+    values = _quantize(GPTQ(), weight, column, Option(4, 32), Integer(clip_steps=0))
     assert bool(torch.isfinite(values).all())
     assert (values - weight)[:, 10:20].abs().max() < 0.5, "a column without curvature is rounded to nearest"
 
@@ -120,7 +134,7 @@ def test_the_last_rung_is_the_diagonal() -> None:
     assert torch.equal(factors.feedback, torch.eye(32)[None])
 
 
-@pytest.mark.parametrize("options", [{"damping": -0.1}, {"damping": 2.0}, {"block_size": 0}])
+@pytest.mark.parametrize("options", [{"damping": -0.1}, {"damping": 2.0}, {"block_size": 0}, {"refine": -1}])
 def test_options_are_checked(options: dict[str, float]) -> None:
     with pytest.raises(AptqError, match="quantizer"):
         GPTQ(**options)  # type: ignore[arg-type]
