@@ -35,7 +35,7 @@ def test_every_component_config_builds_what_it_names(kind: str) -> None:
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("quantizer=gptqq", r"Unknown quantizer 'gptqq'\. Did you mean 'gptq'\? Known: gptq, nearest"),
+        ("quantizer=gptqq", r"Unknown quantizer 'gptqq'\. Did you mean 'gptq'\? Known: foem, gptaq, gptq, nearest"),
         ("data.num_sample=3", r"data.* has no key 'num_sample'\. Did you mean 'num_samples'\?"),
         (
             "quantizer.dampling=3",
