@@ -67,7 +67,7 @@ def test_the_command_line_has_the_last_word_on_an_experiment() -> None:
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("quantizer=gptqq", r"Unknown quantizer 'gptqq'\. Did you mean 'gptq'\? Known: gptq, nearest"),
+        ("quantizer=gptqq", r"Unknown quantizer 'gptqq'\. Did you mean 'gptq'\? Known: foem, gptaq, gptq, nearest"),
         ("data.num_sample=3", r"data.* has no key 'num_sample'\. Did you mean 'num_samples'\?"),
         (
             "quantizer.dampling=3",

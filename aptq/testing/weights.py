@@ -8,7 +8,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from aptq.api import Backend, Curvature, Factors, Format, LayerSpec, Option, QuantizedWeight, Quantizer, Rounded
+from aptq.api import (
+    Backend,
+    Curvature,
+    DriftQuantizer,
+    Factors,
+    Format,
+    LayerSpec,
+    Option,
+    QuantizedWeight,
+    Quantizer,
+    Rounded,
+)
 from aptq.testing.assertions import (
     Shape,
     accepted,
@@ -45,6 +56,8 @@ def check_quantizer(
                 for what, column in _curvatures(heads, shape[1]).items():
                     case = f"{option}, shape {shape}, {heads} heads, {what} curvature"
                     _check_quantizer_case(quantizer, format, option, shape, Curvature(column=column, tokens=64), case)
+                    if isinstance(quantizer, DriftQuantizer) and quantizer.needs_drift:
+                        _check_drift_case(quantizer, format, option, shape, column, case)
 
 
 def _curvatures(heads: int, width: int) -> dict[str, Tensor]:
@@ -85,6 +98,25 @@ def _check_quantizer_case(
     expect_equal(format.dequantize(unpacked, option), restored, f"{case}: the weight after pack() and unpack()")
     half = quantize(first.bfloat16(), factors)
     expect(half.codes.shape == quantized.codes.shape, f"{case}: a bfloat16 weight gives codes of another shape.")
+
+
+def _check_drift_case(
+    quantizer: Quantizer, format: Format, option: Option, shape: Shape, column: Tensor, case: str
+) -> None:
+    """No drift is drift of zero, and some is read and left alone."""
+    weight = random_weight(1, shape, seed=5)[0]
+    none, still, moved = (
+        Curvature(column=column, tokens=64, drift=drift) for drift in (None, torch.zeros_like(column), 0.1 * column)
+    )
+    results = []
+    for curvature in (none, still, moved):
+        factors = quantizer.prepare(curvature)
+        quantized = _quantize(quantizer, format, option, column.shape[0], f"{case}, with drift", weight, factors)
+        results.append(format.dequantize(quantized, option))
+    expect_equal(results[1], results[0], f"{case}: the weight with a drift of zero")
+    expect(bool(results[2].isfinite().all()), f"{case}: the weight quantized with drift has NaN or Inf.")
+    assert moved.drift is not None
+    expect_equal(moved.drift, 0.1 * column, f"{case}: prepare() changed the drift")
 
 
 def _check_health(factors: Factors, case: str) -> None:

@@ -325,7 +325,7 @@ def test_towards_the_original_model_the_outputs_stay_nearer_to_it(tiny_model_fol
     for step in original.steps():
         step.run()
     distances = []
-    for quantizer in (GPTAQ(), GPTQ()):
+    for quantizer in (GPTAQ(alpha=1.0), GPTQ()):
         walk = _walk(tiny_model_folder())
         quantize(walk, _recipe(walk, quantizer=quantizer), _Memory(), Callback())
         pairs = zip(walk.last_hidden, original.last_hidden, strict=True)

@@ -88,7 +88,7 @@ def test_is_nearer_to_the_full_precision_output_than_gptq(act_order: bool) -> No
     errors = [
         (weight @ full - _values(quantizer, weight, _curvature(x, full)).double() @ x).norm()
         for quantizer in (
-            GPTAQ(act_order=act_order),
+            GPTAQ(alpha=1.0, act_order=act_order),
             GPTAQ(alpha=0.5, act_order=act_order),
             GPTQ(act_order=act_order),
         )
@@ -110,7 +110,8 @@ def test_the_grid_covers_the_target() -> None:
     factors = GPTAQ(damping=0.0).prepare(_curvature(x, 2 * x))
     assert factors.shift is not None
     assert torch.allclose(factors.shift[0], torch.eye(48, dtype=torch.float64), atol=1e-9)
-    quantized = GPTAQ().quantize(weight.float(), GPTAQ().prepare(_single(_curvature(x, 2 * x))), Integer(), OPTION)
+    whole = GPTAQ(alpha=1.0)
+    quantized = whole.quantize(weight.float(), whole.prepare(_single(_curvature(x, 2 * x))), Integer(), OPTION)
     plain = GPTQ().quantize(weight.float(), GPTQ().prepare(_single(_curvature(x, x))), Integer(), OPTION)
     scales = [each.weight.parameters["scales"].float() for each in (quantized, plain)]
     assert 1.8 < (scales[0] / scales[1]).median() < 2.2
