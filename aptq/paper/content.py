@@ -31,8 +31,6 @@ class Line:
     """One line of a table; ``cells`` are spelled in the order of ``Content.columns``."""
 
     label: str
-    published: Published | None
-    ours: Ours | None  # None where we have no such row
     cells: Sequence[str]
 
 
@@ -53,6 +51,8 @@ class Content:
     tables: Sequence[Table]
     remarks: Sequence[str]
     rows: Sequence[tuple[str, str]]  # name of a run, its folder's name
+    ours: Mapping[str, Ours]  # by row, the original among them where it was judged
+    others: Sequence[str]  # rows that the paper has not
     columns: Sequence[str] = ("bits", "C4", "WikiText-2", "bits", "with scales", "C4", "WikiText-2")
     of_the_paper: int = 3  # so many of the columns, from the left
 
@@ -70,6 +70,7 @@ def collect(runs: Mapping[str, Run]) -> Content:
     if baselines:
         ours[FULL_PRECISION] = Ours(bits=None, storage=None, perplexity=baselines[0])
     shown = {each.row for each in (*TABLE_1, *TABLE_3, *FIGURE_2)}
+    others = [name for name in runs if name not in shown]
     tables = [
         Table(title=title, lines=[_line(each.label, each, ours.get(each.row or ""), ours) for each in printed])
         for title, printed in (
@@ -78,8 +79,8 @@ def collect(runs: Mapping[str, Run]) -> Content:
             ("Table 3: ranked layers or whole blocks", TABLE_3),
         )
     ]
-    others = [_line(name, None, ours[name], ours) for name in runs if name not in shown]
-    tables += [Table(title="Not in the paper", lines=others)] if others else []
+    if others:
+        tables.append(Table(title="Not in the paper", lines=[_line(name, None, ours[name], ours) for name in others]))
     config = next(iter(runs.values())).config
     return Content(
         model=str(config["model"]["path"]),
@@ -87,6 +88,8 @@ def collect(runs: Mapping[str, Run]) -> Content:
         tables=tables,
         remarks=REMARKS,
         rows=[(name, run.folder.name) for name, run in runs.items()],
+        ours=ours,
+        others=others,
     )
 
 
@@ -110,7 +113,7 @@ def _line(label: str, published: Published | None, mine: Ours | None, ours: Mapp
             cells.append(_NONE)
         else:
             cells.append(_perplexity(mine.perplexity[text], None if base is None else base.perplexity.get(text)))
-    return Line(label=label, published=published, ours=mine, cells=cells)
+    return Line(label=label, cells=cells)
 
 
 def _perplexity(value: float | None, base: float | None) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from aptq.paper.content import Content, Line, Ours
-from aptq.paper.published import FIGURE_2, FULL_PRECISION, MANUAL_50, MANUAL_75, TABLE_1
+from aptq.paper.content import Content, Ours
+from aptq.paper.published import FIGURE_2, FULL_PRECISION, MANUAL_50, MANUAL_75, TABLE_1, Published
 from aptq.report.figures import png
 
 if TYPE_CHECKING:
@@ -32,38 +33,33 @@ def draw(content: Content) -> bytes:
         manual={each.label: (each.bits, each.c4) for each in (*MANUAL_75, *MANUAL_50)},
         levels={each.label: each.c4 for each in TABLE_1 if each.label in _LEVELS},
     )
-    ours = {line.published.row: line.ours for line in _lines(content) if line.published and line.ours}
+    levels = {"full precision": FULL_PRECISION, "GPTQ": "gptq_4", **{name: name for name in content.others}}
     _panel(
         right,
         f"Here: {content.model.rstrip('/').rpartition('/')[2]}",
-        curve=_points(ours, [each.row for each in FIGURE_2]),
-        manual=_points(ours, [each.row for each in (*MANUAL_75, *MANUAL_50)]),
-        levels=_levels(content, ours),
+        curve=_points(content, FIGURE_2),
+        manual=_points(content, (*MANUAL_75, *MANUAL_50)),
+        levels={
+            label: value for label, row in levels.items() if (value := _perplexity(content.ours.get(row))) is not None
+        },
     )
     figure.tight_layout()
     return png(figure)
 
 
-def _lines(content: Content) -> list[Line]:
-    return [line for table in content.tables for line in table.lines]
+def _perplexity(mine: Ours | None) -> float | None:
+    return None if mine is None else mine.perplexity.get("c4")
 
 
-def _points(ours: dict[str | None, Ours], rows: list[str | None]) -> _Points:
+def _points(content: Content, printed: Iterable[Published]) -> _Points:
+    """Return average bits and perplexity of ours beside what is printed, where there is both."""
     found: _Points = {}
-    for row in rows:
-        mine = ours.get(row)
-        value = None if mine is None else mine.perplexity.get("c4")
-        if row is not None and mine is not None and mine.bits is not None and value is not None:
-            found[row] = (mine.bits, value)
+    for each in printed:
+        mine = content.ours.get(each.row or "")
+        value = _perplexity(mine)
+        if mine is not None and mine.bits is not None and value is not None:
+            found[each.label] = (mine.bits, value)
     return found
-
-
-def _levels(content: Content, ours: dict[str | None, Ours]) -> dict[str, float]:
-    """Return what has no share: the original, GPTQ, and the rows that the paper has not."""
-    named = {"full precision": ours.get(FULL_PRECISION), "GPTQ": ours.get("gptq_4")}
-    named |= {line.label: line.ours for line in _lines(content) if line.published is None}
-    values = {label: mine.perplexity.get("c4") for label, mine in named.items() if mine is not None}
-    return {label: value for label, value in values.items() if value is not None}
 
 
 def _panel(axes: Axes, title: str, *, curve: _Points, manual: _Points, levels: dict[str, float]) -> None:
