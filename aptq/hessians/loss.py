@@ -28,7 +28,7 @@ class Loss:
     ``labels`` are what the loss compares predictions with: the next token of the text ("data": the empirical Fisher
     matrix, as published) or one drawn from the prediction ("model": the Fisher matrix).
 
-    Source: Kim et al., "GuidedQuant" (ICML 2025, arXiv 2505.07004), equations 6 to 8.
+    Source: Kim et al., "GuidedQuant" (ICML 2025, arXiv 2505.07004).
     """
 
     groups: int = 4

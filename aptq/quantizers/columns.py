@@ -26,27 +26,48 @@ class Feedback:
     order: Tensor  # [heads, in]: column at each position
     importance: Tensor  # [heads, in]: what an error costs when later columns have made up for it, in natural order
     hessian: Tensor  # [heads, in, in]: H without damping, in natural order
-    damping: float  # as a share of the mean diagonal
+    ridge: Tensor  # [heads, in]: what is added to its diagonal
+    damping: float  # as a share, see ``factorize``
     events: tuple[str, ...]
 
 
-def check_options(damping: float, max_damping: float, block_size: int, refine: int = 0) -> None:
-    """Raise ``AptqError`` for options that cannot be."""
-    if refine < 0:
-        raise AptqError(f"quantizer.refine={refine} is not allowed; use 0 (no passes) or more.")
-    if not 0.0 <= damping <= max_damping:
-        raise AptqError(f"quantizer.damping={damping} is not allowed; use 0 <= damping <= max_damping={max_damping}.")
+@dataclass(frozen=True)
+class Damping:
+    """What is added to a Hessian's diagonal, and what happens where that is not enough.
+
+    ``share`` of each entry itself (``scale: diagonal``, Marquardt's: no channel's damping depends on how large others
+    are) or of their mean (``scale: mean``, GPTQ's: a few channels of huge activations damp all others). Where the
+    Cholesky factorization fails the share is raised tenfold up to ``largest``; after that only the diagonal is used
+    (round to nearest, in effect). Each step is reported.
+    """
+
+    share: float
+    largest: float
+    scale: str
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share <= self.largest:
+            raise AptqError(
+                f"quantizer.damping={self.share} is not allowed; use 0 <= damping <= max_damping={self.largest}."
+            )
+        if self.scale not in ("diagonal", "mean"):
+            raise AptqError(f"quantizer.damping_scale={self.scale!r} is not known; use diagonal or mean.")
+
+    def unit(self, diagonal: Tensor) -> Tensor:
+        """Return what the share is taken of, for ``diagonal [heads, n]``."""
+        return diagonal if self.scale == "diagonal" else diagonal.mean(1, keepdim=True).expand_as(diagonal)
+
+
+def check_loop(block_size: int, refine: int = 0) -> None:
+    """Raise ``AptqError`` for options of the rounding loop that cannot be."""
     if block_size < 1:
         raise AptqError(f"quantizer.block_size={block_size} is not allowed; use a positive number of columns.")
+    if refine < 0:
+        raise AptqError(f"quantizer.refine={refine} is not allowed; use 0 (no passes) or more.")
 
 
-def factorize(curvature: Curvature, damping: float, max_damping: float, act_order: bool) -> Feedback:
-    """Order, damp and factorize the column Hessians.
-
-    ``damping`` is a share of the mean diagonal. Where the Cholesky factorization fails it is raised tenfold up to
-    ``max_damping``; after that only the diagonal is used (round to nearest, in effect). Each step is reported.
-    ``act_order`` takes columns by falling curvature.
-    """
+def factorize(curvature: Curvature, damping: Damping, act_order: bool) -> Feedback:
+    """Order, damp and factorize the column Hessians; ``act_order`` takes columns by falling curvature."""
     importance = curvature.column.diagonal(dim1=1, dim2=2).clone()
     order = torch.argsort(importance, dim=1, descending=True, stable=True)
     if not act_order:
@@ -59,16 +80,18 @@ def factorize(curvature: Curvature, damping: float, max_damping: float, act_orde
     # A column that no token excites has no curvature: any unit will do, it only must not be singular.
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     diagonal[diagonal <= 0] = 1.0
-    lower, used, events = inverse_factor(hessian, damping, max_damping)
+    lower, used, events = inverse_factor(hessian, damping)
     own = lower.diagonal(dim1=1, dim2=2).clone()
     lower /= own[:, :, None]
     own = own.flip(1)
     # The objective of the rounding loop is the sum of e_j^2 / U_jj^2: what grids should be fitted by (see LeanQuant,
-    # ICLR 2025). What the calibration text never excites counts as its damping does.
+    # ICLR 2025). What the calibration text never excites counts as a mean damping does.
     conditional = torch.empty_like(own).scatter_(1, order, own.square().reciprocal())
     idle = used * importance.mean(1, keepdim=True).expand_as(importance)
     conditional = torch.where(importance > 0, conditional, idle)
-    return Feedback(lower.flip(1, 2), own, order, conditional, curvature.column, used, events)
+    ridge = used * damping.unit(importance)
+    ridge = torch.where(importance + ridge > 0, ridge, torch.ones_like(ridge))
+    return Feedback(lower.flip(1, 2), own, order, conditional, curvature.column, ridge, used, events)
 
 
 def round_weight(
@@ -97,16 +120,9 @@ def round_weight(
         return Rounded(weight=ordered.finish(codes), grid=grid)
     values = format.dequantize(ordered.finish(codes), option)
     values = values.reshape(by_head.shape).transpose(1, 2).contiguous()
-    codes = refine_columns(values, target, _damped(factors), grid, block_size, refine)
+    damped = factors.hessian + torch.diag_embed(factors.ridge)
+    codes = refine_columns(values, target, damped, grid, block_size, refine)
     return Rounded(weight=grid.finish(codes), grid=grid)
-
-
-def _damped(factors: Feedback) -> Tensor:
-    """Return ``H + damping`` in natural order, with a unit diagonal where that is zero."""
-    diagonal = factors.hessian.diagonal(dim1=1, dim2=2)
-    ridge = factors.damping * diagonal.mean(1, keepdim=True).expand_as(diagonal)
-    ridge = torch.where(diagonal + ridge > 0, ridge, torch.ones_like(ridge))
-    return factors.hessian + torch.diag_embed(ridge)
 
 
 def round_columns(columns: Tensor, feedback: Tensor, grid: Grid, block_size: int, pull: float = 0.0) -> Tensor:
@@ -171,29 +187,28 @@ def refine_columns(values: Tensor, target: Tensor, hessian: Tensor, grid: Grid, 
     return torch.stack(codes, dim=1)
 
 
-def inverse_factor(hessian: Tensor, damping: float, max_damping: float) -> tuple[Tensor, float, tuple[str, ...]]:
-    """Return lower triangular ``V`` with ``V^T V = (H + d I)^-1`` for ``H [heads, n, n]``, the damping, and events.
+def inverse_factor(hessian: Tensor, damping: Damping) -> tuple[Tensor, float, tuple[str, ...]]:
+    """Return lower triangular ``V`` with ``V^T V = (H + d)^-1`` for ``H [heads, n, n]``, the share used, and events.
 
-    ``H + d I = L L^T`` gives ``V = L^-1``: one factorization and one triangular inverse, and no explicit ``H^-1``. For
+    ``H + d = L L^T`` gives ``V = L^-1``: one factorization and one triangular inverse, and no explicit ``H^-1``. For
     the upper triangular factor that GPTQ walks along, give ``H`` with rows and columns in reverse, and reverse ``V``.
-    ``d`` is ``damping`` times the mean diagonal of each head; the ladder (see ``factorize``) applies to all heads
-    together. ``H`` is overwritten.
+    The ladder of :class:`Damping` applies to all heads together. ``H`` is overwritten.
     """
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     bare = diagonal.clone()
-    mean = bare.mean(1)[:, None]
+    unit = damping.unit(bare)
     events: list[str] = []
-    attempt = damping
+    attempt = damping.share
     while True:
-        diagonal.copy_(bare + attempt * mean)
+        diagonal.copy_(bare + attempt * unit)
         lower, info = torch.linalg.cholesky_ex(hessian)
         if not bool(info.any()) and bool(torch.isfinite(lower.diagonal(dim1=1, dim2=2)).all()):
             return invert_lower(lower), attempt, tuple(events)
-        if attempt >= max_damping:
+        if attempt >= damping.largest:
             events.append(f"not positive definite with damping {attempt:g}: fell back to the diagonal")
             safe = diagonal.clamp(min=torch.finfo(hessian.dtype).tiny)
             return torch.diag_embed(safe.rsqrt()), attempt, tuple(events)
-        attempt = min(max(10 * attempt, 1e-4), max_damping)
+        attempt = min(max(10 * attempt, 1e-4), damping.largest)
         events.append(f"damping raised to {attempt:g}")
 
 

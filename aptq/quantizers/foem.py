@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from aptq.api import AptqError, Curvature, Format, Option, Rounded
-from aptq.quantizers.columns import Feedback, check_options, factorize, round_weight
+from aptq.quantizers.columns import Damping, Feedback, check_loop, factorize, round_weight
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,24 @@ class FOEM:
     """
 
     beta: float = 0.2
-    damping: float = 0.01
+    damping: float = 0.05
+    damping_scale: str = "diagonal"
     max_damping: float = 1.0
     act_order: bool = True
     block_size: int = 32
 
     def __post_init__(self) -> None:
-        check_options(self.damping, self.max_damping, self.block_size)
+        check_loop(self.block_size)
+        self._damping()
         if not 0.0 <= self.beta <= 1.0:
             raise AptqError(f"quantizer.beta={self.beta} is not allowed; use 0 (GPTQ) to 1.")
 
+    def _damping(self) -> Damping:
+        return Damping(self.damping, self.max_damping, self.damping_scale)
+
     def prepare(self, curvature: Curvature) -> Feedback:
         """Order, damp and factorize the column Hessians."""
-        return factorize(curvature, self.damping, self.max_damping, self.act_order)
+        return factorize(curvature, self._damping(), self.act_order)
 
     def quantize(self, weight: Tensor, factors: Feedback, format: Format, option: Option) -> Rounded:
         """Choose codes for a weight ``[out, in]``."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aptq.api import AptqError, Curvature, Format, Option, Rounded
-from aptq.quantizers.columns import Feedback, check_options, factorize, round_weight
+from aptq.quantizers.columns import Damping, Feedback, check_loop, factorize, round_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +50,16 @@ class GPTAQ:
     """
 
     alpha: float = 0.25
-    damping: float = 0.01
+    damping: float = 0.05
+    damping_scale: str = "diagonal"
     max_damping: float = 1.0
     act_order: bool = True
     block_size: int = 32
     refine: int = 0
 
     def __post_init__(self) -> None:
-        check_options(self.damping, self.max_damping, self.block_size, self.refine)
+        check_loop(self.block_size, self.refine)
+        self._damping()
         if not 0.0 < self.alpha <= 1.0:
             raise AptqError(
                 f"quantizer.alpha={self.alpha} is not allowed; use more than 0 (that would be quantizer=gptq), up to 1."
@@ -68,9 +70,12 @@ class GPTAQ:
         """Yes."""
         return True
 
+    def _damping(self) -> Damping:
+        return Damping(self.damping, self.max_damping, self.damping_scale)
+
     def prepare(self, curvature: Curvature) -> GPTAQFactors:
         """Order, damp and factorize the column Hessians, and solve for the shift of the target."""
-        feedback = factorize(curvature, self.damping, self.max_damping, self.act_order)
+        feedback = factorize(curvature, self._damping(), self.act_order)
         return GPTAQFactors(feedback, None if curvature.drift is None else target_shift(curvature.drift, feedback))
 
     def quantize(self, weight: Tensor, factors: GPTAQFactors, format: Format, option: Option) -> Rounded:

@@ -11,32 +11,38 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from aptq.api import Curvature, Format, Option, Rounded
-from aptq.quantizers.columns import Feedback, check_options, factorize, round_weight
+from aptq.quantizers.columns import Damping, Feedback, check_loop, factorize, round_weight
 
 
 @dataclass(frozen=True)
 class GPTQ:
     """Minimise ``tr(dW H dW^T)`` greedily over columns, for all heads of a layer at once.
 
-    ``damping`` is added to the diagonal as a share of its mean; where the Cholesky factorization fails it is raised
-    tenfold up to ``max_damping``, after that only the diagonal is used (round to nearest, in effect), and each step is
-    reported. ``act_order`` takes columns by falling curvature; group scales are fitted beforehand, so that the stored
-    layout stays in natural order. ``block_size`` columns are updated at once (lazy batch updates). ``refine`` passes of
-    coordinate descent follow, each of which rounds every column once more with all others as they are.
+    ``damping`` is a share of each entry of the diagonal or, with ``damping_scale: mean``, as published, of their mean;
+    where the Cholesky factorization fails it is raised tenfold up to ``max_damping``, after that only the diagonal is
+    used (round to nearest, in effect), and each step is reported. ``act_order`` takes columns by falling curvature;
+    group scales are fitted beforehand, so that the stored layout stays in natural order. ``block_size`` columns are
+    updated at once (lazy batch updates). ``refine`` passes of coordinate descent follow, each of which rounds every
+    column once more with all others as they are.
     """
 
-    damping: float = 0.01
+    damping: float = 0.05
+    damping_scale: str = "diagonal"
     max_damping: float = 1.0
     act_order: bool = True
     block_size: int = 32
     refine: int = 0
 
     def __post_init__(self) -> None:
-        check_options(self.damping, self.max_damping, self.block_size, self.refine)
+        check_loop(self.block_size, self.refine)
+        self._damping()
+
+    def _damping(self) -> Damping:
+        return Damping(self.damping, self.max_damping, self.damping_scale)
 
     def prepare(self, curvature: Curvature) -> Feedback:
         """Order, damp and factorize the column Hessians."""
-        return factorize(curvature, self.damping, self.max_damping, self.act_order)
+        return factorize(curvature, self._damping(), self.act_order)
 
     def quantize(self, weight: Tensor, factors: Feedback, format: Format, option: Option) -> Rounded:
         """Choose codes for a weight ``[out, in]``."""

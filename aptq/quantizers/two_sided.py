@@ -6,13 +6,13 @@ BoA (Kim et al., ICML 2025) gives, along anti-diagonals.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from aptq.api import AptqError, Curvature, EntryGrid, Format, Option, Rounded
-from aptq.quantizers.columns import Feedback, check_options, factorize, inverse_factor, round_weight
+from aptq.quantizers.columns import Damping, Feedback, check_loop, factorize, inverse_factor, round_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +41,9 @@ class TwoSided:
     ``block_size`` columns are crossed before what follows them is updated.
     """
 
-    damping: float = 0.01
-    row_damping: float = 0.01
+    damping: float = 0.05
+    row_damping: float = 0.05
+    damping_scale: str = "diagonal"
     max_damping: float = 1.0
     act_order: bool = True
     block_size: int = 128
@@ -53,11 +54,15 @@ class TwoSided:
                 f"quantizer.row_damping={self.row_damping} is not allowed; "
                 f"use 0 <= row_damping <= max_damping={self.max_damping}."
             )
-        check_options(self.damping, self.max_damping, self.block_size)
+        check_loop(self.block_size)
+        self._damping()
+
+    def _damping(self) -> Damping:
+        return Damping(self.damping, self.max_damping, self.damping_scale)
 
     def prepare(self, curvature: Curvature) -> TwoSidedFactors:
         """Damp and factorize the Hessians of columns and rows."""
-        columns = factorize(curvature, self.damping, self.max_damping, self.act_order)
+        columns = factorize(curvature, self._damping(), self.act_order)
         relative = curvature.relative_row()
         if relative is None:
             return TwoSidedFactors(columns, None, None, columns.damping, columns.events)
@@ -69,7 +74,7 @@ class TwoSided:
         hessian = relative[head, last_first[:, :, None], last_first[:, None, :]]  # as the factorization wants it
         diagonal = hessian.diagonal(dim1=1, dim2=2)
         diagonal[diagonal <= 0] = 1.0  # a row without curvature only must not be singular
-        lower, _, events = inverse_factor(hessian, self.row_damping, self.max_damping)
+        lower, _, events = inverse_factor(hessian, replace(self._damping(), share=self.row_damping))
         lower /= lower.diagonal(dim1=1, dim2=2)[:, :, None].clone()
         events = columns.events + tuple(f"rows: {event}" for event in events)
         return TwoSidedFactors(columns, lower.flip(1, 2), order, columns.damping, events)

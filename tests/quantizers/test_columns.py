@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from aptq.api import Curvature, Grid, QuantizedWeight
-from aptq.quantizers.columns import factorize, inverse_factor, refine_columns, round_columns
+from aptq.quantizers.columns import Damping, factorize, inverse_factor, refine_columns, round_columns
 
 
 def _hessian(width: int, heads: int = 1, seed: int = 0, tokens: int = 300) -> Tensor:
@@ -19,7 +19,7 @@ def _hessian(width: int, heads: int = 1, seed: int = 0, tokens: int = 300) -> Te
 @pytest.mark.parametrize("width", [30, 700])
 def test_inverse_factor_in_float64(width: int) -> None:
     hessian = _hessian(width, heads=2, tokens=2 * width).double()
-    lower, damping, events = inverse_factor(hessian.clone(), 0.01, 1.0)
+    lower, damping, events = inverse_factor(hessian.clone(), Damping(0.01, 1.0, "mean"))
     eye = torch.eye(width, dtype=torch.float64).expand(2, -1, -1)
     damped = hessian + 0.01 * hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * eye
     assert torch.allclose(lower @ damped @ lower.transpose(1, 2), eye, atol=1e-9)
@@ -64,7 +64,7 @@ def _plain(weight: Tensor, hessian: Tensor, step: float, beta: float) -> Tensor:
 @pytest.mark.parametrize("block_size", [1, 7, 64])
 def test_the_lazy_loop_is_the_plain_one(beta: float, block_size: int) -> None:
     hessian, weight = _hessian(40, heads=2).double(), torch.randn(2, 6, 40, dtype=torch.float64)
-    factors = factorize(Curvature(column=hessian, tokens=1), 0.01, 1.0, act_order=False)
+    factors = factorize(Curvature(column=hessian, tokens=1), Damping(0.01, 1.0, "mean"), act_order=False)
     columns = weight.transpose(1, 2).contiguous()
     codes = round_columns(columns, factors.feedback, _Steps(), block_size, beta)
     for head in range(2):
@@ -73,13 +73,17 @@ def test_the_lazy_loop_is_the_plain_one(beta: float, block_size: int) -> None:
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-def test_factors_give_the_damped_inverse(act_order: bool) -> None:
+@pytest.mark.parametrize("scale", ["diagonal", "mean"])
+def test_factors_give_the_damped_inverse(act_order: bool, scale: str) -> None:
     hessian = _hessian(40, heads=3).double()
-    factors = factorize(Curvature(column=hessian.clone(), tokens=1), 0.05, 1.0, act_order)
+    factors = factorize(Curvature(column=hessian.clone(), tokens=1), Damping(0.05, 1.0, scale), act_order)
     upper = factors.diagonal[:, :, None] * factors.feedback
     for head in range(3):
         order = factors.order[head]
-        damped = hessian[head] + 0.05 * hessian[head].diagonal().mean() * torch.eye(40, dtype=torch.float64)
+        diagonal = hessian[head].diagonal()
+        ridge = 0.05 * (diagonal if scale == "diagonal" else diagonal.mean().expand(40))
+        damped = hessian[head] + torch.diag(ridge)
+        assert torch.allclose(factors.ridge[head], ridge)
         expected = torch.linalg.inv(damped)[order][:, order]
         assert torch.allclose(upper[head].T @ upper[head], expected, rtol=1e-8, atol=1e-12)
         assert torch.equal(factors.feedback[head], factors.feedback[head].triu())
@@ -87,7 +91,7 @@ def test_factors_give_the_damped_inverse(act_order: bool) -> None:
 
 def test_importance_is_what_an_error_costs_after_compensation() -> None:
     hessian = _hessian(20).double()
-    factors = factorize(Curvature(column=hessian.clone(), tokens=1), 0.0, 1.0, act_order=True)
+    factors = factorize(Curvature(column=hessian.clone(), tokens=1), Damping(0.0, 1.0, "mean"), act_order=True)
     order = factors.order[0].tolist()
     for place, column in enumerate(order):
         later = order[place + 1 :]

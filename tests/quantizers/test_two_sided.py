@@ -6,7 +6,7 @@ from torch import Tensor
 
 from aptq.api import AptqError, Curvature, Option
 from aptq.formats.integer import Integer
-from aptq.quantizers.columns import inverse_factor
+from aptq.quantizers.columns import Damping, inverse_factor
 from aptq.quantizers.gptq import GPTQ
 from aptq.quantizers.two_sided import TwoSided, round_both_ways
 from aptq.testing import check_quantizer
@@ -20,7 +20,7 @@ def _positive(size: int, heads: int, seed: int, rank: int | None = None) -> Tens
 
 def _unit_factor(hessian: Tensor) -> Tensor:
     """Return upper triangular ``U`` with unit diagonal and ``U^T D U = H^-1``."""
-    lower, _, _ = inverse_factor(hessian.flip(1, 2), 0.0, 1.0)
+    lower, _, _ = inverse_factor(hessian.flip(1, 2), Damping(0.0, 1.0, "mean"))
     return (lower / lower.diagonal(dim1=1, dim2=2)[:, :, None]).flip(1, 2)
 
 
