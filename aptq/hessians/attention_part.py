@@ -61,9 +61,11 @@ class AttentionPart:
 
     def sums(self) -> dict[str, CurvatureSum]:
         """Return the sums of the layers; call once, after the last ``add``."""
-        for total in self._sums.values():
+        for name, total in self._sums.items():
             mirror(total.column)
             if total.row is not None:
+                if self._roles is not None:
+                    self._set_value_rows(total, self._roles.values.get(name, ()))
                 mirror(total.row)
         return self._sums
 
@@ -106,11 +108,10 @@ class AttentionPart:
                     squares = by_head.square().sum(-1) * share
                     weights[name] = weights[name] + squares if name in weights else squares
                     self._add_local_rows(name, roles.local[name], x, by_head, share)
-                for head in (*roles.others[name], *roles.values.get(name, ())):
+                for head in roles.others[name]:
                     whole = by_head[:, :, head].transpose(1, 2) @ x  # [samples, rows, in]
+                    self._add(name, head, whole.flatten(0, 1), share)
                     self._add_row(name, head, (whole @ whole.transpose(1, 2)).sum(0), share)
-                    if head in roles.others[name]:
-                        self._add(name, head, whole.flatten(0, 1), share)
         return weights
 
     def _cotangents(self, output: Tensor, samples: Sequence[int]) -> Iterator[tuple[float, Tensor]]:
@@ -159,6 +160,22 @@ class AttentionPart:
         row = self._sums[name].row
         if row is not None:
             row[head] += matrix * (self._factor * share / self.layers[name].shape[1])
+
+    def _set_value_rows(self, total: CurvatureSum, heads: Sequence[int]) -> None:
+        """Give values the rows ``W_O,h^T W_O,h``: for a head of its own the Hessian is its product with the columns'.
+
+        A value head that several query heads share has a sum of such products, of which the product of two sums is so
+        poor a picture that rounding by it did harm: its rows count alike.
+        """
+        if total.row is None or not heads:
+            return
+        dim, in_features = self._watched.head_dim, total.column.shape[-1]
+        weight = self._watched.output.weight().to(total.row.dtype).unflatten(1, (-1, dim))  # [out, query heads, m]
+        alone = weight.shape[1] == len(heads)
+        for number, head in enumerate(heads):
+            metric = weight[:, number].T @ weight[:, number] if alone else torch.eye(dim).to(total.row)
+            trace = total.column[head].trace() / in_features
+            total.row[head] = metric * (trace * dim / metric.trace().clamp(min=torch.finfo(metric.dtype).tiny))
 
     # -------------------------------------------------------------------------------------------------- values
 

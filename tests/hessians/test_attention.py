@@ -141,7 +141,11 @@ def test_equals_the_dense_gauss_newton_matrix(family: str, values: str, case: Ca
         assert torch.equal(sums[name].column, sums[name].column.transpose(1, 2))
         row = sums[name].row
         assert row is not None
-        assert _relative(row, _row_reference(made, name)) < 1e-10
+        expected = _row_reference(made, name)
+        shared = made.attention[1].config.num_attention_heads != len(expected)
+        if values == "exact" and "v_proj" in name and shared:  # several query heads use a value: rows count alike
+            expected = expected.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(expected.shape[1])
+        assert _relative(row, expected) < 1e-10
         assert sums[name].tokens == TOKENS
 
 
@@ -320,8 +324,7 @@ def test_rows_and_columns_have_one_trace(options: dict[str, Any], case: Callable
         assert total.row is not None
         column = total.column.diagonal(dim1=1, dim2=2).sum(1) * total.row.shape[1]
         row = total.row.diagonal(dim1=1, dim2=2).sum(1) * total.column.shape[1]
-        if "v_proj" not in name or "values" in options or "cotangent" in options:  # of exact values, rows are drawn
-            assert torch.allclose(column, row, rtol=1e-9)
+        assert torch.allclose(column, row, rtol=1e-9)
 
 
 def test_attention_without_its_causal_mask_is_refused(case: Callable[..., Case]) -> None:
