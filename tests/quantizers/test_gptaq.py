@@ -6,7 +6,7 @@ from torch import Tensor
 
 from aptq.api import AptqError, Curvature, DriftQuantizer, Option
 from aptq.formats.integer import Integer
-from aptq.quantizers.columns import factorize
+from aptq.quantizers.columns import Damping, factorize
 from aptq.quantizers.gptaq import GPTAQ, target_shift
 from aptq.quantizers.gptq import GPTQ
 from aptq.testing import check_quantizer
@@ -57,7 +57,7 @@ def test_the_target_is_the_least_squares_solution(act_order: bool) -> None:
     """The damping is ridge regression towards the weight: ``min_V ||W X_f - V X||^2 + tokens d/2 ||W - V||^2``."""
     (x, full), weight = _inputs(), _weight()
     curvature = _curvature(x, full)
-    factors = factorize(curvature, 0.02, 1.0, act_order)
+    factors = factorize(curvature, Damping(0.02, 1.0, "mean"), act_order)
     ridge = 0.02 * curvature.column[0].diagonal().mean() * x.shape[1] / 2
     left = torch.cat([x, ridge.sqrt() * torch.eye(48, dtype=torch.float64)], dim=1)
     right = torch.cat([weight @ full, ridge.sqrt() * weight], dim=1)
@@ -72,7 +72,7 @@ def test_the_objective_is_that_of_gptq_around_the_target_but_for_a_constant() ->
     (x, full), weight = _inputs(), _weight()
     curvature = _curvature(x, full)
     assert curvature.drift is not None
-    target = weight + weight @ target_shift(curvature.drift, factorize(curvature, 0.0, 1.0, False))[0]
+    target = weight + weight @ target_shift(curvature.drift, factorize(curvature, Damping(0.0, 1.0, "mean"), False))[0]
     constants = []
     for seed in range(3):
         rounded = weight + torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
