@@ -49,14 +49,14 @@ CONTESTANTS: Contestants = {
     "nearest": (Input(), Nearest()),
     "input, gptq as published": (Input(), GPTQ(**PUBLISHED)),  # type: ignore[arg-type]
     "input, gptq": (Input(), GPTQ()),
-    "input, gptq, damping 0.2": (Input(), GPTQ(damping=0.2)),
+    "input, gptq, damping 0.05": (Input(), GPTQ(damping=0.05)),
     "input, gptq refined": (Input(), GPTQ(refine=3)),
     "attention, gptq as published": (Attention(), GPTQ(**PUBLISHED)),  # type: ignore[arg-type]
     "attention, gptq": (Attention(), GPTQ()),
-    "attention, gptq, damping 0.2": (Attention(), GPTQ(damping=0.2)),
+    "attention, gptq, damping 0.05": (Attention(), GPTQ(damping=0.05)),
     "attention, gptq refined": (Attention(), GPTQ(refine=3)),
     "attention, two_sided": (Attention(), TwoSided()),
-    "attention, two_sided, damping 0.2": (Attention(), TwoSided(damping=0.2, row_damping=0.2)),
+    "attention (random values), two_sided": (Attention(values="random"), TwoSided()),
     "attention (one probe), gptq": (Attention(probes=1), GPTQ()),
     "attention (layer), gptq": (Attention(scope="layer"), GPTQ()),
     "attention (ones), gptq": (Attention(cotangent="ones"), GPTQ()),

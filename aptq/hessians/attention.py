@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from aptq.api import AptqError, Block, BlockInputs, CurvatureSum, Layer
 from aptq.hessians.attention_part import AttentionPart, Measurement
+from aptq.hessians.guidance import guidance_of, refuse_experts
 from aptq.hessians.input_observer import InputLayers, InputObserver
-from aptq.hessians.loss import guidance_of, refuse_experts
 from aptq.hessians.weighted_inputs import WeightedLayers, WeightedObserver
 from aptq.models.structure import find_attentions, find_mlps
 
@@ -73,13 +73,13 @@ class Attention:
         for key, allowed in _CHOICES.items():
             if getattr(self, key) not in allowed:
                 raise AptqError(f"hessian.{key}={getattr(self, key)!r} is not known; use one of {', '.join(allowed)}.")
-        if self.tokens == "loss" and not self.mlp:
+        if self.labels is not None and not self.mlp:
             raise AptqError("hessian.tokens=loss needs hessian.mlp=true, so that all layers are in the loss's unit.")
 
     @property
     def labels(self) -> str | None:
         """The next token of the text, where tokens are weighed by the loss; see ``aptq.api.GuidedEstimator``."""
-        return "data" if self.tokens == "loss" else None
+        return None if self.tokens == "equal" else "data"
 
     def guides(self, block: Block) -> Mapping[str, int]:
         """Ask for the gradients at the outputs of attention and feed-forward modules, or of the head.
@@ -131,7 +131,7 @@ class Attention:
     def _parts(self, block: Block) -> list[AttentionPart]:
         modules = self._modules(block)
         how = Measurement(self.probes, self.scope == "head", self.values == "exact", self.cotangent, self.seed)
-        weights = guidance_of(block, modules) if self.tokens == "loss" else {}
+        weights = {} if self.labels is None else guidance_of(block, modules)
         return [
             AttentionPart(name, module, block, how, weights[name][..., 0] if weights else None)
             for name, module in modules.items()
@@ -139,7 +139,7 @@ class Attention:
 
     def _weighted(self, block: Block, parts: Sequence[AttentionPart]) -> dict[str, Tensor]:
         """Return the token weights of output layers, and of a head."""
-        if self.tokens != "loss":
+        if self.labels is None:
             return {}
         last = {part.last: block.guidance[part.name] for part in parts if part.last in block.layers}
         return last if parts else dict(guidance_of(block, block.layers))

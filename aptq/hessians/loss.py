@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from aptq.api import AptqError, Block
+from aptq.hessians.guidance import guidance_of, refuse_experts
 from aptq.hessians.weighted_inputs import WeightedLayers, WeightedObserver
-from aptq.models.structure import has_experts
 
 LABELS = ("data", "model")
 
@@ -38,7 +38,8 @@ class Loss:
     def __post_init__(self) -> None:
         if self.groups < 1:
             raise AptqError(f"hessian.groups={self.groups} is not allowed; use 1 or more.")
-        check_labels(self.labels)
+        if self.labels not in LABELS:
+            raise AptqError(f"hessian.labels={self.labels!r} is not known; use one of {', '.join(LABELS)}.")
 
     def guides(self, block: Block) -> Mapping[str, int]:
         """Ask for the gradients at all layers; fewer groups where the channels do not divide.
@@ -68,26 +69,3 @@ class Loss:
 
     def _weights(self, block: Block) -> Mapping[str, Tensor]:
         return guidance_of(block, block.layers)
-
-
-def guidance_of(block: Block, names: Mapping[str, object]) -> Mapping[str, Tensor]:
-    """Return the mean squares of gradients at some modules; raise ``AptqError`` where the engine has taken none."""
-    missing = [name for name in names if name not in block.guidance]
-    if missing:
-        raise AptqError(f"The loss's gradients at {missing[0]} are not known: they have to be taken before any pass.")
-    return {name: block.guidance[name] for name in names}
-
-
-def check_labels(labels: str) -> None:
-    """Raise ``AptqError`` for labels that there are not."""
-    if labels not in LABELS:
-        raise AptqError(f"hessian.labels={labels!r} is not known; use one of {', '.join(LABELS)}.")
-
-
-def refuse_experts(block: Block) -> None:
-    """Raise ``AptqError`` for a mixture of experts."""
-    if has_experts(block.module):
-        raise AptqError(
-            f"{block.name} is a mixture of experts, whose layers see a part of the tokens each; the loss's gradients "
-            "are taken for all tokens. Use hessian=input or hessian=attention."
-        )

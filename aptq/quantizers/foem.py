@@ -38,7 +38,7 @@ class FOEM:
     """
 
     beta: float = 0.2
-    damping: float = 0.05
+    damping: float = 0.15
     damping_scale: str = "diagonal"
     max_damping: float = 1.0
     act_order: bool = True

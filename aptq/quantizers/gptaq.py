@@ -50,7 +50,7 @@ class GPTAQ:
     """
 
     alpha: float = 0.25
-    damping: float = 0.05
+    damping: float = 0.15
     damping_scale: str = "diagonal"
     max_damping: float = 1.0
     act_order: bool = True

@@ -26,7 +26,7 @@ class GPTQ:
     column once more with all others as they are.
     """
 
-    damping: float = 0.05
+    damping: float = 0.15
     damping_scale: str = "diagonal"
     max_damping: float = 1.0
     act_order: bool = True

@@ -41,7 +41,7 @@ class TwoSided:
     ``block_size`` columns are crossed before what follows them is updated.
     """
 
-    damping: float = 0.05
+    damping: float = 0.15
     row_damping: float = 0.05
     damping_scale: str = "diagonal"
     max_damping: float = 1.0

@@ -18,6 +18,7 @@ from aptq.api import (
     DriftEstimator,
     EvaluationText,
     Evaluator,
+    GuidedEstimator,
     HessianEstimator,
     Layer,
     SequentialEstimator,
@@ -108,6 +109,8 @@ def check_hessian(
         AssertionError: a promise of ``aptq.api.HessianEstimator`` is broken.
     """
     block, inputs = block or tiny_block(attention=True), inputs or tiny_inputs()
+    if isinstance(estimator, GuidedEstimator) and estimator.labels is not None and not block.guidance:
+        block = _guided(estimator, block, inputs)
     expect(inputs.hidden.shape[0] >= 2, "Give at least two samples, so that batching can be told.")
     together = _observe(estimator, block, [inputs])
     _check_sums(together, block, tokens=inputs.hidden.shape[0] * inputs.hidden.shape[1])
@@ -140,6 +143,16 @@ def _check_drift(estimator: DriftEstimator, block: Block, inputs: BlockInputs) -
                 expect(total.drift.shape == total.column.shape, f"{name}: drift is {tuple(total.drift.shape)}.")
                 error = (total.drift - (scale - 1) * total.column).abs().max() / total.column.abs().max()
                 expect(bool(error <= 1e-4), f"{name}: drift of {scale:g} x instead of x is off by {float(error):.3g}.")
+
+
+def _guided(estimator: GuidedEstimator, block: Block, inputs: BlockInputs) -> Block:
+    """Leave gradients with a block, as the engine does: drawn ones."""
+    generator = torch.Generator().manual_seed(7)
+    shape = (max(inputs.samples or range(len(inputs.hidden))) + 1, inputs.hidden.shape[1])
+    wanted = estimator.guides(block)
+    return replace(
+        block, guidance={name: torch.rand(*shape, groups, generator=generator) for name, groups in wanted.items()}
+    )
 
 
 def _from_inputs(

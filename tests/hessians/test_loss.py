@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aptq.api import AptqError, BlockInputs
+from aptq.api import AptqError, Block, BlockInputs
 from aptq.hessians.loss import Loss
 from aptq.testing import check_hessian
 from aptq.testing.models import tiny_block, tiny_inputs
 
 
-def _guided(groups: int) -> tuple[Loss, BlockInputs, object]:
+def _guided(groups: int) -> tuple[Loss, BlockInputs, Block]:
     estimator, block, inputs = Loss(groups=groups), tiny_block(), tiny_inputs()
     generator = torch.Generator().manual_seed(0)
     guidance = {
@@ -24,18 +24,18 @@ def _guided(groups: int) -> tuple[Loss, BlockInputs, object]:
 @pytest.mark.parametrize("groups", [1, 2, 5])
 def test_keeps_the_contract(groups: int) -> None:
     estimator, inputs, block = _guided(groups)
-    check_hessian(estimator, block=block, inputs=inputs)  # type: ignore[arg-type]
+    check_hessian(estimator, block=block, inputs=inputs)
 
 
 def test_is_the_gram_matrix_of_weighted_inputs() -> None:
     estimator, inputs, block = _guided(2)
     x: dict[str, torch.Tensor] = {}
-    for name, layer in block.layers.items():  # type: ignore[attr-defined]
+    for name, layer in block.layers.items():
         layer.module.register_forward_pre_hook(lambda _, args, name=name: x.update({name: args[0]}))
-    with torch.no_grad(), estimator.observe(block) as observer:  # type: ignore[arg-type]
+    with torch.no_grad(), estimator.observe(block) as observer:
         observer(inputs)
     for name, total in observer.sums().items():
-        weights = block.guidance[name]  # type: ignore[attr-defined]
+        weights = block.guidance[name]
         expected = torch.einsum("btg,bti,btj->gij", weights, x[name], x[name])
         assert torch.allclose(total.column, expected, rtol=1e-4, atol=1e-4)
         assert total.tokens == inputs.hidden.shape[0] * inputs.hidden.shape[1]

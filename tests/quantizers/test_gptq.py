@@ -56,7 +56,7 @@ def test_equals_the_textbook(act_order: bool, block_size: int) -> None:
     weight = torch.randn(12, 40, generator=torch.Generator().manual_seed(1))
     hessian, option = _hessian(40)[0], Option(3, 32)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else torch.arange(40)
-    expected = _surgeon(weight, hessian, order, option, Integer(), 0.05)
+    expected = _surgeon(weight, hessian, order, option, Integer(), 0.15)
     actual = _quantize(GPTQ(act_order=act_order, block_size=block_size), weight, hessian[None], option)
     flips = (actual.double() - expected).abs().gt(1e-4).double().mean().item()
     assert flips < 0.02, f"{100 * flips:.1f} % of the codes differ: more than float32 ties explain"
