@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 from aptq.api import (
     Allocation,
     Allocator,
-    AptqError,
     Callback,
-    DriftEstimator,
     Evaluator,
     Exporter,
     ExportJob,
@@ -31,18 +29,18 @@ from aptq.calibration.guidance import STAGE as GRADIENTS
 from aptq.calibration.guidance import measure_guidance
 from aptq.calibration.measure import STAGE as MEASURE
 from aptq.calibration.measure import Rounding, measure
-from aptq.calibration.quantize import PREFIXES, Recipe, quantize, storage_bits, stored_logits
 from aptq.calibration.quantize import STAGE as QUANTIZE
-from aptq.calibration.rounding import needs_drift
+from aptq.calibration.quantize import Recipe, quantize, storage_bits, stored_logits
 from aptq.calibration.statistics import StatisticsCache, code_fingerprint, content_key
 from aptq.calibration.walk import Walk
 from aptq.callbacks import Callbacks
-from aptq.data import calibration_samples, check_data, check_length
+from aptq.data import calibration_samples
 from aptq.files import new_folder
 from aptq.judge import STAGE as EVALUATE
 from aptq.judge import Judge, memory, versions
 from aptq.models import ModelSource, open_model
-from aptq.plan import Plan, check_plan, read_plan
+from aptq.plan import Plan
+from aptq.preflight import check_model, preflight
 from aptq.run import Run
 from aptq.settings import DataSettings, ModelSettings, RunSettings
 from aptq.targets import Target
@@ -120,7 +118,7 @@ def quantize_model(experiment: Experiment, on_open: Callable[[Path], None] | Non
     with experiment.callbacks:
         options, given = preflight(experiment)
         source = open_model(experiment.model)
-        _check_model(experiment, source, options, given)
+        check_model(experiment, source, options, given)
         if experiment.fabric.global_rank == 0:
             run = _open(experiment)
         experiment.fabric.barrier()
@@ -137,70 +135,6 @@ def quantize_model(experiment: Experiment, on_open: Callable[[Path], None] | Non
 
 def _open(experiment: Experiment) -> Run:
     return Run.open(experiment.run, experiment.config, rank=experiment.fabric.global_rank)
-
-
-def _check_model(experiment: Experiment, source: ModelSource, options: Sequence[Option], given: Plan | None) -> None:
-    """Hold format, target, data and plan against the model's layers."""
-    shapes = source.layer_shapes()
-    for option in options:
-        for shape in set(shapes.values()):
-            experiment.format.check(option, shape)
-    if experiment.measure_option is not None:
-        try:
-            for shape in set(shapes.values()):
-                experiment.format.check(experiment.measure_option, shape)
-        except AptqError as error:
-            raise AptqError(f"measure_bits={experiment.measure_bits}: {error}") from error
-    experiment.target.check(options, shapes)
-    check_length(experiment.data, getattr(source.config, "max_position_embeddings", None))
-    if given is not None:
-        check_plan(given, shapes)
-    if needs_drift(experiment.quantizer) and source.has_experts:
-        raise AptqError(
-            f"{_asked_for_drift(experiment)}, and in a mixture of experts the two models send a token to different "
-            "layers; use another quantizer."
-        )
-
-
-def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
-    """Check what can be checked without the model; return the options in play and the given plan, if any."""
-    check_data(experiment.data, evaluate=experiment.evaluator is not None)
-    if experiment.prefix not in PREFIXES:
-        raise AptqError(f"prefix={experiment.prefix!r} is not known; use one of {', '.join(PREFIXES)}.")
-    if needs_drift(experiment.quantizer):
-        _check_drift(experiment)
-    given = None
-    if experiment.plan_path is None:
-        bits = experiment.allocator.bit_options()
-        options = [Option(each, experiment.format.group_size) for each in bits]
-    else:
-        given = read_plan(experiment.plan_path)
-        if given.format_name != experiment.format_name:
-            raise AptqError(
-                f"The plan {experiment.plan_path} is for format {given.format_name}, the config says "
-                f"{experiment.format_name}; add format={given.format_name}."
-            )
-        options = sorted(set(given.layers.values()))
-    experiment.exporter.check(experiment.format, experiment.format_name, options)
-    return options, given
-
-
-def _check_drift(experiment: Experiment) -> None:
-    """Raise ``AptqError`` where inputs cannot be compared with the full-precision model's."""
-    asked = _asked_for_drift(experiment)
-    if experiment.prefix != "quantized":
-        raise AptqError(f"{asked}, which with prefix={experiment.prefix} they are; use prefix=quantized.")
-    if not experiment.true_sequential:
-        raise AptqError(f"{asked} layer by layer; use true_sequential=true.")
-    if not (isinstance(experiment.estimator, DriftEstimator) and experiment.estimator.gives_drift):
-        raise AptqError(
-            f"{asked}, and hessian={experiment.config['hessian']['name']} cannot tell how far they are from them; "
-            "use hessian=input."
-        )
-
-
-def _asked_for_drift(experiment: Experiment) -> str:
-    return f"quantizer={experiment.config['quantizer']['name']} compares inputs with the full-precision model's"
 
 
 def _run_stages(

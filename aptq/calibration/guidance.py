@@ -59,7 +59,7 @@ def measure_guidance(walk: Walk, estimator: GuidedEstimator, folder: Path, callb
         walk.first_inputs()  # what the blocks are called with besides their hidden states
     else:
         reached = [blocks]
-        _run_forwards(walk, guidance, callbacks)
+        _run_forwards(walk, estimator, guidance, callbacks)
         _start_backwards(walk, estimator, guidance)
     for index in reversed(range(reached[0])):
         detail = f"back to {walk.source.block_names[index]}"
@@ -72,11 +72,12 @@ def measure_guidance(walk: Walk, estimator: GuidedEstimator, folder: Path, callb
     return guidance
 
 
-def _run_forwards(walk: Walk, guidance: Guidance, callbacks: Callback) -> None:
+def _run_forwards(walk: Walk, estimator: GuidedEstimator, guidance: Guidance, callbacks: Callback) -> None:
     """Run all blocks; keep what each was fed."""
     for step in walk.blocks():
         index = step.block.index
         callbacks.on_advance(stage=STAGE, done=index, detail=step.block.name)
+        estimator.guides(step.block)  # what it refuses, it shall refuse on the way out and not back
         _write(guidance.path("hidden", index), [batch.hidden for batch in step.inputs])
         step.run()
         callbacks.on_block_end(stage=STAGE, index=index, metrics={})

@@ -1,0 +1,80 @@
+"""What can be refused before any work is done: options against each other, and against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from aptq.api import AptqError, DriftEstimator, Option
+from aptq.calibration.quantize import PREFIXES
+from aptq.calibration.rounding import needs_drift
+from aptq.data import check_data, check_length
+from aptq.plan import Plan, check_plan, read_plan
+
+if TYPE_CHECKING:
+    from aptq.models import ModelSource
+    from aptq.pipeline import Experiment
+
+
+def check_model(experiment: Experiment, source: ModelSource, options: Sequence[Option], given: Plan | None) -> None:
+    """Hold format, target, data and plan against the model's layers."""
+    shapes = source.layer_shapes()
+    for option in options:
+        for shape in set(shapes.values()):
+            experiment.format.check(option, shape)
+    if experiment.measure_option is not None:
+        try:
+            for shape in set(shapes.values()):
+                experiment.format.check(experiment.measure_option, shape)
+        except AptqError as error:
+            raise AptqError(f"measure_bits={experiment.measure_bits}: {error}") from error
+    experiment.target.check(options, shapes)
+    check_length(experiment.data, getattr(source.config, "max_position_embeddings", None))
+    if given is not None:
+        check_plan(given, shapes)
+    if needs_drift(experiment.quantizer) and source.has_experts:
+        raise AptqError(
+            f"{_asked_for_drift(experiment)}, and in a mixture of experts the two models send a token to different "
+            "layers; use another quantizer."
+        )
+
+
+def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
+    """Check what can be checked without the model; return the options in play and the given plan, if any."""
+    check_data(experiment.data, evaluate=experiment.evaluator is not None)
+    if experiment.prefix not in PREFIXES:
+        raise AptqError(f"prefix={experiment.prefix!r} is not known; use one of {', '.join(PREFIXES)}.")
+    if needs_drift(experiment.quantizer):
+        _check_drift(experiment)
+    given = None
+    if experiment.plan_path is None:
+        bits = experiment.allocator.bit_options()
+        options = [Option(each, experiment.format.group_size) for each in bits]
+    else:
+        given = read_plan(experiment.plan_path)
+        if given.format_name != experiment.format_name:
+            raise AptqError(
+                f"The plan {experiment.plan_path} is for format {given.format_name}, the config says "
+                f"{experiment.format_name}; add format={given.format_name}."
+            )
+        options = sorted(set(given.layers.values()))
+    experiment.exporter.check(experiment.format, experiment.format_name, options)
+    return options, given
+
+
+def _check_drift(experiment: Experiment) -> None:
+    """Raise ``AptqError`` where inputs cannot be compared with the full-precision model's."""
+    asked = _asked_for_drift(experiment)
+    if experiment.prefix != "quantized":
+        raise AptqError(f"{asked}, which with prefix={experiment.prefix} they are; use prefix=quantized.")
+    if not experiment.true_sequential:
+        raise AptqError(f"{asked} layer by layer; use true_sequential=true.")
+    if not (isinstance(experiment.estimator, DriftEstimator) and experiment.estimator.gives_drift):
+        raise AptqError(
+            f"{asked}, and hessian={experiment.config['hessian']['name']} cannot tell how far they are from them; "
+            "use hessian=input."
+        )
+
+
+def _asked_for_drift(experiment: Experiment) -> str:
+    return f"quantizer={experiment.config['quantizer']['name']} compares inputs with the full-precision model's"
