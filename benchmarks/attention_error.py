@@ -57,7 +57,7 @@ CONTESTANTS: Contestants = {
     "attention, gptq refined": (Attention(), GPTQ(refine=3)),
     "attention, two_sided": (Attention(), TwoSided()),
     "attention (random values), two_sided": (Attention(values="random"), TwoSided()),
-    "attention (one probe), gptq": (Attention(probes=1), GPTQ()),
+    "attention (two probes), gptq": (Attention(probes=2), GPTQ()),
     "attention (layer), gptq": (Attention(scope="layer"), GPTQ()),
     "attention (ones), gptq": (Attention(cotangent="ones"), GPTQ()),
 }

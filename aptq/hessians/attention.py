@@ -59,7 +59,7 @@ class Attention:
     Source: derived from APTQ (DAC 2024), equations 7 and 9-15.
     """
 
-    probes: int = 2
+    probes: int = 1
     scope: str = "head"
     values: str = "exact"
     cotangent: str = "random"
