@@ -36,7 +36,7 @@ REFERENCE = "gptq, min-max"
 ROWS: dict[str, list[str]] = {
     "nearest, min-max": ["experiment=rtn_4"],
     REFERENCE: ["experiment=gptq_4"],
-    "attention, min-max": ["experiment=gptq_4", "hessian=attention"],
+    "attention, min-max": ["experiment=gptq_4", "hessian=attention", "hessian.probes=2"],
     "gptq, damping 0.01 of the mean": ["quantizer.damping=0.01", "quantizer.damping_scale=mean"],
     "gptq, damping 0.1 of the mean": ["quantizer.damping=0.1", "quantizer.damping_scale=mean"],
     "gptq, damping 0.05": ["quantizer.damping=0.05"],
@@ -172,7 +172,8 @@ def as_markdown(record: Mapping[str, Any]) -> str:
         f"{record['samples']} calibration samples of {record['length']} tokens, perplexity on {record['sequences']} "
         f"sequences of {record['length']} tokens of each text; full precision: {told}. A gap is the distance to full "
         f"precision as a share of that of *{REFERENCE}*, both means over their seeds: rows with other numbers of seeds "
-        "compare roughly. Rows without *min-max* search group ranges. Seconds are the whole process but for judging.",
+        "compare roughly. Rows without *min-max* search group ranges. Seconds are the whole process but for judging; "
+        f"peak memory is that of judging, of two models in the rows of *{REFERENCE}*.",
     ]
     for bits in sorted({each["bits"] for each in record["results"]}):
         parts += [f"## {bits} bits", markdown_table(*table(record, bits))]
