@@ -170,15 +170,7 @@ def _guide(experiment: Experiment, walk: Walk, stages: Stages) -> None:
     estimator = experiment.estimator
     if not isinstance(estimator, GuidedEstimator) or estimator.labels is None:
         return
-    parts = {
-        "model": walk.source.fingerprint(),
-        "code": code_fingerprint(),
-        "samples": samples_key(walk),
-        "hessian": experiment.config["hessian"],
-        "precision": experiment.fabric._precision.precision,
-        "ranks": experiment.fabric.world_size,
-        "head": walk.source.head_name,
-    }
+    parts = {**_measured(experiment, walk), "ranks": experiment.fabric.world_size, "head": walk.source.head_name}
     folder = experiment.cache_dir / "gradients" / content_key(parts)
     with stages(GRADIENTS, 2 * len(walk.source.block_names), "block"):
         walk.guidance = measure_guidance(walk, estimator, folder, experiment.callbacks)
@@ -241,10 +233,7 @@ def _measure(
     errors = options if experiment.metric.needs_errors else ()
     prefix = experiment.measure_option
     parts = {
-        "model": source.fingerprint(),
-        "code": code_fingerprint(),
-        "samples": samples_key(walk),
-        "hessian": experiment.config["hessian"],
+        **_measured(experiment, walk),
         "rounding": [experiment.config["quantizer"], experiment.config["format"], errors, prefix]
         if errors or prefix
         else None,
@@ -259,6 +248,17 @@ def _measure(
             cache=cache,
             callbacks=experiment.callbacks,
         )
+
+
+def _measured(experiment: Experiment, walk: Walk) -> dict[str, Any]:
+    """Return what all that is measured on the calibration samples depends on, for a key of the cache."""
+    return {
+        "model": walk.source.fingerprint(),
+        "code": code_fingerprint(),
+        "samples": samples_key(walk),
+        "hessian": experiment.config["hessian"],
+        "precision": experiment.config["fabric"]["precision"],
+    }
 
 
 def samples_key(walk: Walk) -> str:

@@ -135,7 +135,7 @@ def measure(options: argparse.Namespace, row: str, bits: int, seed: int, work: P
 def table(record: Mapping[str, Any], bits: int) -> tuple[list[str], list[list[str]]]:
     """Return header and rows at one width: means over the seeds, spread, and shares of the reference's gap."""
     results = [each for each in record["results"] if each["bits"] == bits]
-    full = next((each["full_precision"] for each in record["results"] if each["full_precision"]), {})
+    full = _full_precision(record)
     names = list(results[0]["perplexity"]) if results else []
     header = ["", "seeds", *(f"{name} ppl" for name in names), *(f"gap {name}" for name in names), "s", "peak GB"]
     means = {
@@ -158,13 +158,17 @@ def table(record: Mapping[str, Any], bits: int) -> tuple[list[str], list[list[st
     return header, rows
 
 
+def _full_precision(record: Mapping[str, Any]) -> dict[str, float]:
+    return next((each["full_precision"] for each in record["results"] if each["full_precision"]), {})
+
+
 def _of(results: Sequence[Mapping[str, Any]], row: str) -> list[Mapping[str, Any]]:
     return [each for each in results if each["row"] == row]
 
 
 def as_markdown(record: Mapping[str, Any]) -> str:
     """Return the page."""
-    full = next((each["full_precision"] for each in record["results"] if each["full_precision"]), {})
+    full = _full_precision(record)
     told = ", ".join(f"{name} {value:.2f}" for name, value in full.items())
     parts = [
         "# One change at a time",

@@ -274,6 +274,36 @@ def test_export_writes_a_finished_model_again(overrides: Callable[..., list[str]
         export([f"run={run.folder}", f"output={tmp_path / 'again'}"])
 
 
+def _run_on_two_ranks(overrides: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "aptq", *overrides, "fabric=two_ranks"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "estimator", [["hessian=loss"], ["hessian=attention", "hessian.mlp=true", "hessian.tokens=loss"]]
+)
+def test_gradients_are_taken_once_and_serve_both_passes(
+    estimator: list[str], overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    plan = ["evaluator=none", *estimator]
+    first = aptq.quantize(overrides(*plan, folder="first"))
+    (folder,) = (tmp_path / "cache" / "gradients").iterdir()
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert before, "mean squares of gradients, one file a block"
+    assert all(report.trace > 0 for report in first.layers())
+    again = aptq.quantize(overrides(*plan, folder="again"))
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    one, two = _tensors(first.folder), _tensors(again.folder)
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("quantizer", ["gptq", "gptaq"])
 def test_two_ranks_agree_with_one(quantizer: str, overrides: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -283,15 +313,7 @@ def test_two_ranks_agree_with_one(quantizer: str, overrides: Callable[..., list[
     plan = ["evaluator=none", "allocator=uniform", "allocator.bits=4"]
     plan += [f"quantizer={quantizer}", "quantizer.act_order=false"]
     aptq.quantize(overrides(*plan, folder="one"))
-    done = subprocess.run(
-        [sys.executable, "-m", "aptq", *overrides(*plan, "fabric=two_ranks", folder="two")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    _run_on_two_ranks(overrides(*plan, folder="two"))
     one, two = _tensors(tmp_path / "one"), _tensors(tmp_path / "two")
     assert one.keys() == two.keys()
     names = [name for name in one if name.endswith("qweight") and compared in name]
@@ -305,15 +327,7 @@ def test_two_ranks_measure_behind_the_same_rounded_blocks(overrides: Callable[..
     # Nearest rounding: see above; each rank rounds the layers that it owns, and the traces are sums over both.
     plan = ["evaluator=none", "metric=trace", "measure_bits=2", "quantizer=nearest"]
     aptq.quantize(overrides(*plan, folder="one"))
-    done = subprocess.run(
-        [sys.executable, "-m", "aptq", *overrides(*plan, "fabric=two_ranks", f"cache_dir={tmp_path / 'other'}")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    _run_on_two_ranks(overrides(*plan, f"cache_dir={tmp_path / 'other'}"))
     one, two = (
         {report.name: report.predicted_cost for report in aptq.Run.read(tmp_path / folder).layers()}
         for folder in ("one", "run")

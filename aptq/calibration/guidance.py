@@ -7,7 +7,7 @@ block on the way back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aptq.api import AptqError, Block, Callback, GuidedEstimator
+from aptq.calibration.distribute import all_finite
 from aptq.calibration.walk import Walk
 from aptq.files import write_tensors
 
@@ -87,7 +88,7 @@ def _start_backwards(walk: Walk, estimator: GuidedEstimator, guidance: Guidance)
     """Differentiate the loss by what the last block gives, and by what the head gives if that is to be quantized."""
     head = None if walk.source.head_name is None else walk.source.load_head()
     wanted = {} if head is None else dict(estimator.guides(head))
-    squares = _Squares(wanted, len(walk.samples), guidance.device)
+    squares = _Squares(wanted, len(walk.samples))
     cotangents = []
     for number, hidden in enumerate(walk.last_hidden):
         final = hidden.detach().requires_grad_()
@@ -96,7 +97,7 @@ def _start_backwards(walk: Walk, estimator: GuidedEstimator, guidance: Guidance)
         with torch.enable_grad(), outputs:
             for place, (sample, tokens, logits) in enumerate(walk.finish(number, final)):
                 loss = token_loss(logits, tokens, estimator.labels, (estimator.seed, sample))
-                whole, *found = torch.autograd.grad(loss, [final, *outputs.take(wanted)])
+                whole, *found = torch.autograd.grad(loss, [final, *outputs.take()])
                 gradient[place] = whole[place]
                 squares.add(found, [sample])
         cotangents.append(gradient)
@@ -108,20 +109,18 @@ def _start_backwards(walk: Walk, estimator: GuidedEstimator, guidance: Guidance)
 def _run_backwards(walk: Walk, block: Block, estimator: GuidedEstimator, guidance: Guidance) -> None:
     """Take the cotangents of a block's outputs back to its inputs, and note the squares on the way."""
     wanted = dict(estimator.guides(block))
-    squares = _Squares(wanted, len(walk.samples), guidance.device)
+    squares = _Squares(wanted, len(walk.samples))
     hidden = _read(guidance.path("hidden", block.index), guidance.device)
     following = guidance.path("cotangents", block.index + 1)
     cotangents = []
     batches = walk.inputs(block.index, hidden)
     for batch, cotangent in zip(batches, _read(following, guidance.device), strict=True):
         batch.hidden.requires_grad_()
-        outputs = _Outputs(
-            block.module, {name.removeprefix(f"{block.name}."): groups for name, groups in wanted.items()}
-        )
+        outputs = _Outputs(block.module, (name.removeprefix(f"{block.name}.") for name in wanted))
         with torch.enable_grad(), walk.autocast(), outputs:
             output = batch.run(block.module)
-        found = torch.autograd.grad(output, [batch.hidden, *outputs.take(outputs.names)], cotangent)
-        if not bool(torch.isfinite(found[0].sum(dtype=torch.float64))):
+        found = torch.autograd.grad(output, [batch.hidden, *outputs.take()], cotangent)
+        if not all_finite(found[0]):
             raise AptqError(
                 f"The loss has gradients of NaN or Inf at {block.name}. If the model is stored in float16, try "
                 "model.dtype=bfloat16 or float32."
@@ -156,8 +155,8 @@ def token_loss(logits: Tensor, tokens: Tensor, labels: str | None, key: tuple[in
 class _Outputs:
     """Keeps what modules return while the context lasts."""
 
-    def __init__(self, root: nn.Module, names: Sequence[str] | Mapping[str, Any]) -> None:
-        self._root, self.names = root, list(names)
+    def __init__(self, root: nn.Module, names: Iterable[str]) -> None:
+        self._root, self._names = root, list(names)
         self._found: dict[str, Tensor] = {}
         self._stack = ExitStack()
 
@@ -169,26 +168,26 @@ class _Outputs:
 
             return hook
 
-        for name in self.names:
+        for name in self._names:
             handle = self._root.get_submodule(name).register_forward_hook(keep(name))
             self._stack.callback(handle.remove)
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def take(self, names: Sequence[str] | Mapping[str, Any]) -> list[Tensor]:
+    def take(self) -> list[Tensor]:
         """Return the outputs since the last time."""
-        missing = [name for name in names if name not in self._found]
+        missing = [name for name in self._names if name not in self._found]
         if missing:
             raise AptqError(f"{missing[0]} is not called by the model, so the loss has no gradient there.")
-        return [self._found.pop(name) for name in names]
+        return [self._found.pop(name) for name in self._names]
 
 
 class _Squares:
     """Mean squares over groups of channels, by module: ``[all samples, tokens, groups]``."""
 
-    def __init__(self, wanted: Mapping[str, int], samples: int, device: torch.device) -> None:
-        self._wanted, self._samples, self._device = wanted, samples, device
+    def __init__(self, wanted: Mapping[str, int], samples: int) -> None:
+        self._wanted, self._samples = wanted, samples
         self._found: dict[str, Tensor] = {}
 
     def add(self, gradients: Sequence[Tensor], samples: Sequence[int]) -> None:

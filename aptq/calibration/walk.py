@@ -151,11 +151,11 @@ class Walk:
             handle.remove()
         return caught
 
-    def _run_around(self, batch: Tensor, hidden: Tensor) -> Any:
+    def _run_around(self, batch: Tensor, hidden: Tensor, **options: Any) -> Any:
         """Run the model on a batch with ``hidden`` as what its blocks make of it."""
         stand_ins = _stand_ins(self._modules(), _Recording(), self._returns_tuple, final=hidden)
         with stand_ins, self.autocast():
-            return self.source.model(input_ids=batch, use_cache=False)
+            return self.source.model(input_ids=batch, use_cache=False, **options)
 
     def finish(self, number: int, hidden: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Run what lies behind the blocks, a sample at a time: yield its number, its tokens and its logits.
@@ -217,11 +217,10 @@ class Walk:
         They are those of this rank's first sample, of all of it or of its first ``tokens``; and only of the last of
         them, where the family can do that: all would be the largest tensor of a run.
         """
-        model, final = self.source.model, self.last_hidden[0][:1, :tokens]
-        few = {"logits_to_keep": _TOKENS} if "logits_to_keep" in signature(model.forward).parameters else {}
-        stand_ins = _stand_ins(self._modules(), _Recording(), self._returns_tuple, final=final)
-        with stand_ins, torch.no_grad(), self.autocast():
-            output = model(input_ids=self._batches[0][:1, :tokens], use_cache=False, **few)
+        keeps = "logits_to_keep" in signature(self.source.model.forward).parameters
+        few = {"logits_to_keep": _TOKENS} if keeps else {}
+        with torch.no_grad():
+            output = self._run_around(self._batches[0][:1, :tokens], self.last_hidden[0][:1, :tokens], **few)
         logits: Tensor = output.logits.cpu().float()
         return logits
 

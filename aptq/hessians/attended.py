@@ -44,7 +44,7 @@ def value_hessians(
         name: its layer with the values.
         heads: which of the layer's heads are values.
         run: the module's run.
-        mixing: ``C [value heads, r, r]``, see ``mixing_root``.
+        mixing: ``C [value heads, r, r]``, see ``value_mixing``.
         weights: ``w [samples, tokens]`` of the module's outputs; None for ones.
     """
     x = run.seen[name].input.to(mixing.dtype)

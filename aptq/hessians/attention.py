@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from aptq.api import AptqError, Block, BlockInputs, CurvatureSum, Layer
 from aptq.hessians.attention_part import AttentionPart, Measurement
 from aptq.hessians.guidance import guidance_of, refuse_experts
-from aptq.hessians.input_observer import InputLayers, InputObserver
+from aptq.hessians.input_observer import InputLayers, InputObserver, pre_hooked
 from aptq.hessians.weighted_inputs import WeightedLayers, WeightedObserver
 from aptq.models.structure import find_attentions, find_mlps
 
@@ -153,7 +153,7 @@ class AttentionLayers:
         self._of = {name: part for part in parts for name in part.layers}
         self._sums: dict[str, CurvatureSum] = {}
         self._others = InputLayers()
-        self._weighted, self._weights = WeightedLayers(weighted), weighted
+        self._weighted = WeightedLayers(weighted)
 
     def hook(self, part: AttentionPart) -> Callable[..., None]:
         """Return the forward pre-hook of an attention module."""
@@ -167,7 +167,7 @@ class AttentionLayers:
 
     def curvature_sum(self, layer: Layer, inputs: Sequence[Tensor], samples: Sequence[Sequence[int]]) -> CurvatureSum:
         """See ``aptq.api.LayerObserver``."""
-        if layer.name in self._weights:
+        if layer.name in self._weighted.weights:
             return self._weighted.curvature_sum(layer, inputs, samples)
         part = self._of.get(layer.name)
         if part is None:
@@ -192,7 +192,6 @@ class AttentionObserver:
         self._weighted = WeightedObserver(
             replace(block, layers={each: block.layers[each] for each in weighted}), weighted
         )
-        self._samples: Sequence[int] = ()
         self._busy = False  # a module is being run on the side: what its layers see then is not the block's
 
     @contextmanager
@@ -203,13 +202,15 @@ class AttentionObserver:
                 handle = part.module.register_forward_pre_hook(self._measure(part), with_kwargs=True)
                 stack.callback(handle.remove)
             for observer in (self._inputs, self._weighted):
-                for name, layer in observer.block.layers.items():
-                    handle = layer.module.register_forward_pre_hook(self._unless_busy(observer.hook(name)))
-                    stack.callback(handle.remove)
+                stack.enter_context(pre_hooked(observer.block.layers, self._unless_busy(observer.hook)))
             yield
 
-    def _unless_busy(self, hook: Callable[..., None]) -> Callable[..., None]:
-        return lambda *arguments: None if self._busy else hook(*arguments)
+    def _unless_busy(self, hook_of: Callable[[str], Callable[..., None]]) -> Callable[[str], Callable[..., None]]:
+        def hook(name: str) -> Callable[..., None]:
+            inner = hook_of(name)
+            return lambda *arguments: None if self._busy else inner(*arguments)
+
+        return hook
 
     def _measure(self, part: AttentionPart) -> Callable[..., None]:
         def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -217,7 +218,7 @@ class AttentionObserver:
             if not self._busy:
                 self._busy = True
                 try:
-                    part.add(args, kwargs, self._samples)
+                    part.add(args, kwargs, self._weighted.samples)
                 finally:
                     self._busy = False
 
@@ -225,7 +226,7 @@ class AttentionObserver:
 
     def __call__(self, inputs: BlockInputs) -> Tensor | None:
         """Run the block with the hooks on."""
-        self._samples = self._weighted.samples = inputs.samples or range(len(inputs.hidden))
+        self._weighted.samples = inputs.samples or range(len(inputs.hidden))
         return self._inputs(inputs)
 
     def sums(self) -> Mapping[str, CurvatureSum]:

@@ -64,8 +64,8 @@ class AttentionPart:
         for name, total in self._sums.items():
             mirror(total.column)
             if total.row is not None:
-                if self._roles is not None:
-                    self._set_value_rows(total, self._roles.values.get(name, ()))
+                if self._roles is not None and name in self._roles.values:
+                    self._set_value_rows(total.row, total.column, self._roles.values[name])
                 mirror(total.row)
         return self._sums
 
@@ -161,21 +161,19 @@ class AttentionPart:
         if row is not None:
             row[head] += matrix * (self._factor * share / self.layers[name].shape[1])
 
-    def _set_value_rows(self, total: CurvatureSum, heads: Sequence[int]) -> None:
+    def _set_value_rows(self, row: Tensor, column: Tensor, heads: Sequence[int]) -> None:
         """Give values the rows ``W_O,h^T W_O,h``: for a head of its own the Hessian is its product with the columns'.
 
         A value head that several query heads share has a sum of such products, of which the product of two sums is so
         poor a picture that rounding by it did harm: its rows count alike.
         """
-        if total.row is None or not heads:
-            return
-        dim, in_features = self._watched.head_dim, total.column.shape[-1]
-        weight = self._watched.output.weight().to(total.row.dtype).unflatten(1, (-1, dim))  # [out, query heads, m]
+        dim, in_features = self._watched.head_dim, column.shape[-1]
+        weight = self._watched.output.weight().to(row.dtype).unflatten(1, (-1, dim))  # [out, query heads, m]
         alone = weight.shape[1] == len(heads)
         for number, head in enumerate(heads):
-            metric = weight[:, number].T @ weight[:, number] if alone else torch.eye(dim).to(total.row)
-            trace = total.column[head].trace() / in_features
-            total.row[head] = metric * (trace * dim / metric.trace().clamp(min=torch.finfo(metric.dtype).tiny))
+            metric = weight[:, number].T @ weight[:, number] if alone else torch.eye(dim).to(row)
+            trace = column[head].trace() / in_features
+            row[head] = metric * (trace * dim / metric.trace().clamp(min=torch.finfo(metric.dtype).tiny))
 
     # -------------------------------------------------------------------------------------------------- values
 

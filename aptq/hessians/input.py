@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from aptq.api import Block
-from aptq.hessians.input_observer import InputLayers, InputObserver
+from aptq.hessians.input_observer import InputLayers, InputObserver, pre_hooked
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,8 @@ class Input:
     def observe(self, block: Block, *, need_outputs: bool = True) -> Iterator[InputObserver]:
         """Hook every layer's input; the hooks return nothing, so activations stay as they are."""
         observer = InputObserver(block, need_outputs)
-        handles = [layer.module.register_forward_pre_hook(observer.hook(name)) for name, layer in block.layers.items()]
-        try:
+        with pre_hooked(block.layers, observer.hook):
             yield observer
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def watch(self, block: Block) -> Iterator[InputLayers]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
@@ -44,6 +45,15 @@ class InputLayers:
                 self._total.drift = drift_between(inputs, full_precision, self._total.column[0])[None]
         self._seen = seen
         return self._total
+
+
+@contextmanager
+def pre_hooked(layers: Mapping[str, Layer], hook: Callable[[str], Callable[..., None]]) -> Iterator[None]:
+    """Have ``hook(name)`` called before each layer while the context lasts, however it ends."""
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.module.register_forward_pre_hook(hook(name)).remove)
+        yield
 
 
 class _Seen(Exception):

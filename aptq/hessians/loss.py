@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aptq.api import AptqError, Block
 from aptq.hessians.guidance import guidance_of, refuse_experts
+from aptq.hessians.input_observer import pre_hooked
 from aptq.hessians.weighted_inputs import WeightedLayers, WeightedObserver
 
 LABELS = ("data", "model")
@@ -55,12 +56,8 @@ class Loss:
         """Hook every layer's input; raise ``AptqError`` where the block's gradients are not known."""
         del need_outputs  # nothing is gained by stopping at the last layer's input
         observer = WeightedObserver(block, self._weights(block))
-        handles = [layer.module.register_forward_pre_hook(observer.hook(name)) for name, layer in block.layers.items()]
-        try:
+        with pre_hooked(block.layers, observer.hook):
             yield observer
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def watch(self, block: Block) -> Iterator[WeightedLayers]:

@@ -36,11 +36,11 @@ class WeightedLayers:
     """Tells the sums of layers that all batches have come to; see ``aptq.api.LayerObserver``."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self._weights = weights
+        self.weights = weights
 
     def curvature_sum(self, layer: Layer, inputs: Sequence[Tensor], samples: Sequence[Sequence[int]]) -> CurvatureSum:
         """See ``aptq.api.LayerObserver``."""
-        weighted = WeightedInputs({layer.name: layer}, self._weights)
+        weighted = WeightedInputs({layer.name: layer}, self.weights)
         for x, numbers in zip(inputs, samples, strict=True):
             weighted.add(layer.name, x, numbers or range(len(x)))
         return weighted.pop(layer.name)

@@ -66,32 +66,57 @@ def check_loop(block_size: int, refine: int = 0) -> None:
         raise AptqError(f"quantizer.refine={refine} is not allowed; use 0 (no passes) or more.")
 
 
-def factorize(curvature: Curvature, damping: Damping, act_order: bool) -> Feedback:
-    """Order, damp and factorize the column Hessians; ``act_order`` takes columns by falling curvature."""
-    importance = curvature.column.diagonal(dim1=1, dim2=2).clone()
+@dataclass(frozen=True, eq=False)
+class UnitFactor:
+    """``U`` upper triangular with ``U^T U = (H + damping)^-1``, rows and columns in ``order``, in two parts."""
+
+    feedback: Tensor  # [heads, n, n]: U, each row divided by its diagonal entry
+    diagonal: Tensor  # [heads, n]: of U
+    order: Tensor  # [heads, n]
+    share: float  # of damping that was used
+    events: tuple[str, ...]
+
+
+def unit_factor(hessian: Tensor, damping: Damping, by_curvature: bool) -> UnitFactor:
+    """Order, damp and factorize ``H [heads, n, n]``; ``by_curvature`` takes the largest diagonal entries first."""
+    importance = hessian.diagonal(dim1=1, dim2=2)
     order = torch.argsort(importance, dim=1, descending=True, stable=True)
-    if not act_order:
+    if not by_curvature:
         order = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    # Last column first, as the factorization wants it.
-    flipped = order.flip(1)
-    hessian = torch.stack(
-        [head.index_select(0, by).index_select(1, by) for head, by in zip(curvature.column, flipped, strict=True)]
+    # Last first, as the factorization wants it.
+    ordered = torch.stack(
+        [head.index_select(0, by).index_select(1, by) for head, by in zip(hessian, order.flip(1), strict=True)]
     )
-    # A column that no token excites has no curvature: any unit will do, it only must not be singular.
-    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    # What no token excites has no curvature: any unit will do, it only must not be singular.
+    diagonal = ordered.diagonal(dim1=1, dim2=2)
     diagonal[diagonal <= 0] = 1.0
-    lower, used, events = inverse_factor(hessian, damping)
+    lower, share, events = inverse_factor(ordered, damping)
     own = lower.diagonal(dim1=1, dim2=2).clone()
     lower /= own[:, :, None]
-    own = own.flip(1)
+    return UnitFactor(lower.flip(1, 2), own.flip(1), order, share, events)
+
+
+def factorize(curvature: Curvature, damping: Damping, act_order: bool) -> Feedback:
+    """Order, damp and factorize the column Hessians; ``act_order`` takes columns by falling curvature."""
+    factor = unit_factor(curvature.column, damping, act_order)
+    importance = curvature.column.diagonal(dim1=1, dim2=2).clone()
     # The objective of the rounding loop is the sum of e_j^2 / U_jj^2: what grids should be fitted by (see LeanQuant,
     # ICLR 2025). What the calibration text never excites counts as a mean damping does.
-    conditional = torch.empty_like(own).scatter_(1, order, own.square().reciprocal())
-    idle = used * importance.mean(1, keepdim=True).expand_as(importance)
+    conditional = torch.empty_like(importance).scatter_(1, factor.order, factor.diagonal.square().reciprocal())
+    idle = factor.share * importance.mean(1, keepdim=True).expand_as(importance)
     conditional = torch.where(importance > 0, conditional, idle)
-    ridge = used * damping.unit(importance)
+    ridge = factor.share * damping.unit(importance)
     ridge = torch.where(importance + ridge > 0, ridge, torch.ones_like(ridge))
-    return Feedback(lower.flip(1, 2), own, order, conditional, curvature.column, ridge, used, events)
+    return Feedback(
+        feedback=factor.feedback,
+        diagonal=factor.diagonal,
+        order=factor.order,
+        importance=conditional,
+        hessian=curvature.column,
+        ridge=ridge,
+        damping=factor.share,
+        events=factor.events,
+    )
 
 
 def round_weight(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aptq.api import AptqError, Curvature, EntryGrid, Format, Option, Rounded
-from aptq.quantizers.columns import Damping, Feedback, check_loop, factorize, inverse_factor, round_weight
+from aptq.quantizers.columns import Damping, Feedback, check_loop, factorize, round_weight, unit_factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,18 +66,9 @@ class TwoSided:
         relative = curvature.relative_row()
         if relative is None:
             return TwoSidedFactors(columns, None, None, columns.damping, columns.events)
-        importance = relative.diagonal(dim1=1, dim2=2)
-        order = torch.argsort(importance, dim=1, descending=True, stable=True)
-        if not self.act_order:
-            order = torch.arange(order.shape[1], device=order.device).expand_as(order)
-        head, last_first = torch.arange(len(order), device=order.device)[:, None, None], order.flip(1)
-        hessian = relative[head, last_first[:, :, None], last_first[:, None, :]]  # as the factorization wants it
-        diagonal = hessian.diagonal(dim1=1, dim2=2)
-        diagonal[diagonal <= 0] = 1.0  # a row without curvature only must not be singular
-        lower, _, events = inverse_factor(hessian, replace(self._damping(), share=self.row_damping))
-        lower /= lower.diagonal(dim1=1, dim2=2)[:, :, None].clone()
-        events = columns.events + tuple(f"rows: {event}" for event in events)
-        return TwoSidedFactors(columns, lower.flip(1, 2), order, columns.damping, events)
+        rows = unit_factor(relative, replace(self._damping(), share=self.row_damping), self.act_order)
+        events = columns.events + tuple(f"rows: {event}" for event in rows.events)
+        return TwoSidedFactors(columns, rows.feedback, rows.order, columns.damping, events)
 
     def quantize(self, weight: Tensor, factors: TwoSidedFactors, format: Format, option: Option) -> Rounded:
         """Choose codes for a weight ``[out, in]``.
@@ -118,7 +109,7 @@ def round_both_ways(
         grid: what is rounded to.
         block_size: columns that are crossed at once.
     """
-    width, above = target.shape[2], rows - torch.diag_embed(rows.diagonal(dim1=1, dim2=2))
+    width, above = target.shape[2], rows.triu(1)
     codes = torch.empty_like(target)
     for start in range(0, width, block_size):
         stop = min(start + block_size, width)
@@ -141,24 +132,25 @@ class _Block:
         self._rows, self._width = target.shape[1:]
         self._above = above
         self._target = self._padded(target)
-        self._feedback = self._padded(columns.triu(1)).transpose(1, 2).contiguous()  # [heads, padded, columns]
+        self._inside = slice(self._rows - 1, self._rows - 1 + self._width)
+        # [heads, padded, columns], reversed both ways
+        self._feedback = self._padded(columns.triu(1)).transpose(1, 2).flip(2).contiguous()
         self._errors, self._codes, self._sums = (torch.zeros_like(self._target) for _ in range(3))
 
     def _padded(self, matrix: Tensor) -> Tensor:
         return torch.nn.functional.pad(matrix.flip(2), (self._rows - 1, self._rows - 1))
 
     def _natural(self, padded: Tensor) -> Tensor:
-        return padded[:, :, self._rows - 1 : self._rows - 1 + self._width].flip(2)
+        return padded[:, :, self._inside].flip(2)
 
     def cross(self, grid: EntryGrid, row_order: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Round the columns, the first of which is at ``start``; return codes and errors ``[heads, rows, columns]``."""
         row = torch.arange(self._rows, device=self._target.device).expand_as(row_order)
-        inner = self._errors[:, :, self._rows - 1 : self._rows - 1 + self._width]  # columns still reversed
-        reversed_feedback = self._feedback.flip(2)
+        inner = self._errors[:, :, self._inside]  # columns still reversed
         for diagonal in range(self._rows + self._width - 1):
             first = self._rows + self._width - 2 - diagonal  # of the slice whose diagonal this is
             here = slice(first, first + self._rows)
-            left = (inner * reversed_feedback[:, here]).sum(2)  # sum_{c'<c} E[r, c'] U[c', c]
+            left = (inner * self._feedback[:, here]).sum(2)  # sum_{c'<c} E[r, c'] U[c', c]
             upper = (self._above * self._sums[:, :, here]).sum(1)  # sum_{r'<r} V[r', r] P[r', c]
             wanted = self._entries(self._target, here) - left - upper
             position = (start + diagonal - row).clamp_(start, start + self._width - 1)
