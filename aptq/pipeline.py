@@ -21,6 +21,7 @@ from aptq.api import (
     GuidedEstimator,
     HessianEstimator,
     LayerStatistics,
+    LossMetric,
     Option,
     Quantizer,
     SensitivityMetric,
@@ -31,6 +32,7 @@ from aptq.calibration.measure import STAGE as MEASURE
 from aptq.calibration.measure import Rounding, measure
 from aptq.calibration.quantize import STAGE as QUANTIZE
 from aptq.calibration.quantize import Recipe, quantize, storage_bits, stored_logits
+from aptq.calibration.score import score
 from aptq.calibration.statistics import StatisticsCache, code_fingerprint, content_key
 from aptq.calibration.walk import Walk
 from aptq.callbacks import Callbacks
@@ -195,6 +197,7 @@ def _make_plan(
             name: {option: storage_bits(experiment.format, option, shape) for option in options}
             for name, shape in shapes.items()
         },
+        other_bytes=source.other_bytes,
     )
     with stages("allocate"):
         layers = experiment.allocator.allocate(problem)
@@ -230,24 +233,27 @@ def _average_bits(
 def _measure(
     experiment: Experiment, source: ModelSource, walk: Walk, stages: Stages, options: Sequence[Option]
 ) -> dict[str, LayerStatistics]:
-    errors = options if experiment.metric.needs_errors else ()
+    metric = experiment.metric
+    errors = options if metric.needs_errors else ()
     prefix = experiment.measure_option
     parts = {
         **_measured(experiment, walk),
         "rounding": [experiment.config["quantizer"], experiment.config["format"], errors, prefix]
         if errors or prefix
         else None,
+        "loss": [metric.labels, metric.seed, metric.samples] if isinstance(metric, LossMetric) else None,
     }
-    cache = StatisticsCache(experiment.cache_dir / "statistics", content_key(parts))
+    common: dict[str, Any] = {
+        "layers": list(source.layer_shapes()),
+        "rounding": Rounding(quantizer=experiment.quantizer, format=experiment.format, errors=errors, prefix=prefix),
+        "cache": StatisticsCache(experiment.cache_dir / "statistics", content_key(parts)),
+        "callbacks": experiment.callbacks,
+    }
+    if isinstance(metric, LossMetric):
+        with stages(MEASURE, 2 * len(source.block_names), "block"):
+            return score(walk, experiment.estimator, metric, **common)
     with stages(MEASURE, source.num_steps, "block"):
-        return measure(
-            walk,
-            experiment.estimator,
-            layers=list(source.layer_shapes()),
-            rounding=Rounding(quantizer=experiment.quantizer, format=experiment.format, errors=errors, prefix=prefix),
-            cache=cache,
-            callbacks=experiment.callbacks,
-        )
+        return measure(walk, experiment.estimator, **common)
 
 
 def _measured(experiment: Experiment, walk: Walk) -> dict[str, Any]:

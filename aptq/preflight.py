@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from aptq.api import AptqError, DriftEstimator, Option
+from aptq.api import AptqError, DriftEstimator, LossMetric, Option
 from aptq.calibration.quantize import PREFIXES
 from aptq.calibration.rounding import needs_drift
 from aptq.data import check_data, check_length
@@ -46,6 +46,11 @@ def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
         raise AptqError(f"prefix={experiment.prefix!r} is not known; use one of {', '.join(PREFIXES)}.")
     if needs_drift(experiment.quantizer):
         _check_drift(experiment)
+    if isinstance(experiment.metric, LossMetric) and experiment.measure_bits is not None:
+        raise AptqError(
+            f"measure_bits={experiment.measure_bits}: metric={experiment.config['metric']['name']} needs the gradients "
+            "of the full-precision model, and its blocks as they are; leave measure_bits out, or use another metric."
+        )
     given = None
     if experiment.plan_path is None:
         bits = experiment.allocator.bit_options()

@@ -19,7 +19,7 @@ from aptq.api import (
     Option,
     Quantizer,
 )
-from aptq.calibration.observe import observe
+from aptq.calibration.observe import Observed, observe
 from aptq.calibration.rounding import Preparations, share_layer
 from aptq.calibration.statistics import StatisticsCache
 from aptq.calibration.walk import Step, Walk
@@ -85,45 +85,63 @@ def _measure_block(
     step: Step, estimator: HessianEstimator, walk: Walk, wanted: Collection[str], rounding: Rounding
 ) -> list[LayerStatistics]:
     """Measure a block's layers on their owner ranks; leave the block, and its outputs, rounded if there is a prefix."""
-    observed = observe(step, estimator, walk, need_outputs=rounding.prefix is None)
-    prepared = Preparations(rounding.quantizer)
-    rows: list[LayerStatistics] = []
-    packed: dict[str, dict[str, Tensor]] = {}
-    for name, curvature in observed.curvatures.items():
-        if name in wanted:
-            prepared.keep([curvature])  # factors take as much memory as the curvature
-            row, tensors = _measure_layer(step.block.layers[name], curvature, rounding, prepared)
-            rows.append(row)
-            packed.update({} if tensors is None else {name: tensors})
+    keep = () if rounding.prefix is None else (rounding.prefix,)
+    rows, observed, packed = measure_layers(step, estimator, walk, wanted, rounding, keep)
     if rounding.prefix is not None:
         for name, owner in observed.owners.items():
             if name in wanted:
-                layer, tensors = step.block.layers[name], packed.pop(name, None)
-                share_layer(layer, tensors, owner, rounding.format, rounding.prefix, walk.fabric)
+                tensors = packed.pop(name, {}).get(rounding.prefix)
+                share_layer(step.block.layers[name], tensors, owner, rounding.format, rounding.prefix, walk.fabric)
         step.run()
-    return _gather(rows, step.block, walk.fabric.world_size)
+    return gather(rows, step.block, walk.fabric.world_size)
+
+
+def measure_layers(
+    step: Step,
+    estimator: HessianEstimator,
+    walk: Walk,
+    wanted: Collection[str],
+    rounding: Rounding,
+    keep: Collection[Option],
+) -> tuple[list[LayerStatistics], Observed, dict[str, dict[Option, dict[str, Tensor]]]]:
+    """Observe a block and round the layers that this rank owns.
+
+    Returns:
+        their statistics; the layers' owners and curvatures; and the packed tensors of each, for the options to
+        ``keep``, which are rounded even if no error is asked for.
+    """
+    observed = observe(step, estimator, walk, need_outputs=not keep)
+    prepared = Preparations(rounding.quantizer)
+    rows: list[LayerStatistics] = []
+    packed: dict[str, dict[Option, dict[str, Tensor]]] = {}
+    for name, curvature in observed.curvatures.items():
+        if name in wanted:
+            prepared.keep([curvature])  # factors take as much memory as the curvature
+            row, packed[name] = _measure_layer(step.block.layers[name], curvature, rounding, prepared, keep)
+            rows.append(row)
+    return rows, observed, packed
 
 
 def _measure_layer(
-    layer: Layer, curvature: Curvature, rounding: Rounding, prepared: Preparations
-) -> tuple[LayerStatistics, dict[str, Tensor] | None]:
-    """Return a layer's statistics and, if there is a prefix, its packed tensors."""
+    layer: Layer, curvature: Curvature, rounding: Rounding, prepared: Preparations, keep: Collection[Option]
+) -> tuple[LayerStatistics, dict[Option, dict[str, Tensor]]]:
+    """Return a layer's statistics and its packed tensors at the options to keep."""
     errors: dict[Option, float] = {}
-    packed = None
-    format, prefix = rounding.format, rounding.prefix
-    for option in dict.fromkeys([*rounding.errors, *([] if prefix is None else [prefix])]):
+    packed: dict[Option, dict[str, Tensor]] = {}
+    format = rounding.format
+    for option in dict.fromkeys([*rounding.errors, *keep]):
         weight = layer.weight().float()
         rounded = rounding.quantizer.quantize(weight, prepared.of(curvature)[0], format, option).weight
         if option in rounding.errors:
             errors[option] = curvature.quadratic(weight - format.dequantize(rounded, option))
-        if option == prefix:
-            packed = format.pack(rounded, option)
+        if option in keep:
+            packed[option] = format.pack(rounded, option)
     trace = curvature.trace(layer.shape[0])
     row = LayerStatistics(name=layer.name, shape=layer.shape, tokens=curvature.tokens, trace=trace, errors=errors)
     return row, packed
 
 
-def _gather(rows: list[LayerStatistics], block: Block, world_size: int) -> list[LayerStatistics]:
+def gather(rows: list[LayerStatistics], block: Block, world_size: int) -> list[LayerStatistics]:
     """Collect the rows of all ranks, in the order of the block's layers."""
     gathered = [rows]
     if world_size > 1:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from aptq.api import LayerStatistics, Option
+from aptq.api import LayerStatistics, LossChange, Option
 from aptq.files import write_json
 
 
@@ -55,12 +55,14 @@ def code_fingerprint() -> str:
 
 def _to_json(entry: LayerStatistics) -> dict[str, Any]:
     errors = [[option.bits, option.group_size, error] for option, error in entry.errors.items()]
+    changes = [[option.bits, option.group_size, asdict(change)] for option, change in entry.loss_changes.items()]
     return {
         "name": entry.name,
         "shape": list(entry.shape),
         "tokens": entry.tokens,
         "trace": entry.trace,
         "errors": errors,
+        "loss_changes": changes,
     }
 
 
@@ -71,4 +73,5 @@ def _from_json(row: Mapping[str, Any]) -> LayerStatistics:
         tokens=row["tokens"],
         trace=row["trace"],
         errors={Option(bits, group_size): error for bits, group_size, error in row["errors"]},
+        loss_changes={Option(bits, size): LossChange(**change) for bits, size, change in row["loss_changes"]},
     )

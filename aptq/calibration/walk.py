@@ -87,13 +87,34 @@ class Walk:
         """Return a walk of its own with the first ``tokens`` of the first sample."""
         return Walk(self.source, self.samples[:1, :tokens], 1, self.fabric)
 
+    def one_by_one(self) -> Walk:
+        """Return a walk of its own with the same samples, one in a batch."""
+        walk = Walk(self.source, self.samples, 1, self.fabric)
+        walk.guidance = self.guidance
+        return walk
+
     def steps(self, *, full_precision: bool = False) -> Iterator[Step]:
         """Yield each block in turn, then the head if it is to be quantized; take and raise what ``blocks`` does."""
         yield from self.blocks(full_precision=full_precision)
-        if (name := self.source.head_name) is not None:
-            originals = self._head_inputs(name, self._last_full_precision) if full_precision else None
-            inputs = self._head_inputs(name, self.last_hidden)
-            yield self._step(self._guided(self.source.load_head()), inputs, originals, last=True)
+        if (head := self.head_step(full_precision=full_precision)) is not None:
+            yield head
+
+    def head_step(self, *, full_precision: bool = False) -> Step | None:
+        """Return the head with what the last blocks of ``blocks`` feed it; None where it is not to be quantized."""
+        name = self.source.head_name
+        if name is None:
+            return None
+        originals = self._head_inputs(name, self._last_full_precision) if full_precision else None
+        inputs = self._head_inputs(name, self.last_hidden)
+        return self._step(self._guided(self.source.load_head()), inputs, originals, last=True)
+
+    def step(self, block: Block, hidden: Sequence[Tensor]) -> Step:
+        """Return the step of a block that is fed hidden states from elsewhere, batch by batch."""
+        return self._step(self._guided(block), self.inputs(block.index, hidden), None)
+
+    def numbers(self, batch: int) -> Sequence[int]:
+        """Return which of all samples are in one of this rank's batches."""
+        return self._numbers[batch]
 
     def blocks(self, *, full_precision: bool = False) -> Iterator[Step]:
         """Yield each block in turn; raise ``AptqError`` where activations stop being finite.

@@ -109,6 +109,15 @@ class ModelSource:
         """Return ``(out, in)`` of every layer to quantize, by full name, in the order of the model."""
         return {name: layer.shape for layers in self._layers.values() for name, layer in layers.items()}
 
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of the parameters that are not among the weights of ``layer_shapes``; of a tied head, the embedding."""
+        layers = (layer for name, found in self._layers.items() if name in self.block_names for layer in found.values())
+        quantized = sum(layer.shape[0] * layer.shape[1] * layer.weight().element_size() for layer in layers)
+        if self._head is not None and f"{self._head.name}.weight" not in self._tied:
+            quantized += self._head_weight.numel() * self._head_weight.element_size()
+        return self.num_bytes - quantized
+
     def load_block(self, index: int, device: torch.device | str) -> Block:
         """Put a block's original tensors on a device and return it.
 

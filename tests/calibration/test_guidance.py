@@ -10,7 +10,8 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from aptq.api import AptqError, Block, Callback
-from aptq.calibration.guidance import measure_guidance, token_loss
+from aptq.calibration.backward import token_loss
+from aptq.calibration.guidance import measure_guidance
 from aptq.calibration.walk import Walk
 from aptq.hessians.attention import Attention
 from aptq.hessians.loss import Loss

@@ -1,0 +1,154 @@
+"""What allocators with a budget have in common: the problem as arrays, its limit, its efficient steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aptq.api import Allocation, AptqError, Option
+
+_COUNTS = ("code", "storage", "model")
+_BITS_PER_MEGABYTE = 8_000_000
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Choices:
+    """An allocation problem as arrays: one row a layer, one column an option.
+
+    ``costs [layers, options]``, infinite where an option is not allowed; ``sizes [layers, options]`` in bits;
+    ``limit`` is the largest sum of sizes that the budget allows, in bits.
+    """
+
+    names: Sequence[str]
+    options: Sequence[Option]
+    costs: NDArray[np.float64]
+    sizes: NDArray[np.int64]
+    limit: int
+
+    def plan(self, chosen: NDArray[np.int64]) -> dict[str, Option]:
+        """Return the option of each layer by name, from its column (``chosen [layers]``)."""
+        return {name: self.options[column] for name, column in zip(self.names, chosen.tolist(), strict=True)}
+
+    def cost(self, chosen: NDArray[np.int64]) -> float:
+        """Return the sum of the costs of a choice ``[layers]``."""
+        return float(np.take_along_axis(self.costs, chosen[:, None], axis=1).sum())
+
+    def size(self, chosen: NDArray[np.int64]) -> int:
+        """Return the sum of the sizes of a choice ``[layers]``, in bits."""
+        return int(np.take_along_axis(self.sizes, chosen[:, None], axis=1).sum())
+
+
+def check_budget(bits: Sequence[int], budget: float, count: str, pin: Mapping[str, int]) -> None:
+    """Raise ``AptqError`` for options that contradict each other."""
+    if not bits or len(set(bits)) != len(bits) or min(bits) < 1:
+        raise AptqError(f"allocator.bits={list(bits)} is not allowed; name different widths, each from 1 up.")
+    if count not in _COUNTS:
+        raise AptqError(f"allocator.count={count!r} is not known; use one of {', '.join(_COUNTS)}.")
+    if not 0 < budget < float("inf"):
+        raise AptqError(f"allocator.budget={budget} is not allowed; it is {_unit(count)}, above 0.")
+    for pattern, width in pin.items():
+        if width not in bits:
+            raise AptqError(
+                f"allocator.pin: {pattern!r} asks for {width} bits, which allocator.bits={list(bits)} does not offer."
+            )
+
+
+def choices(problem: Allocation, budget: float, count: str, pin: Mapping[str, int]) -> Choices:
+    """Return a problem as arrays.
+
+    Args:
+        problem: layers, options, costs and sizes.
+        budget: the limit; bits per weight (``count`` "code" or "storage") or megabytes of 10^6 bytes ("model").
+        count: what the budget counts: codes alone; all that quantized layers store; all tensors of the model.
+        pin: bits of the layers whose name a pattern matches ("*" any characters); the first match counts.
+
+    Raises:
+        AptqError: nothing is within the budget, with the range that is and what it is owed to; a pattern matches no
+            layer; a cost is no number.
+    """
+    names, options = list(problem.shapes), list(problem.options)
+    costs = np.array([[problem.costs[name][option] for option in options] for name in names], dtype=np.float64)
+    if not np.isfinite(costs).all():
+        name = names[int(np.argmin(np.isfinite(costs).all(axis=1)))]
+        raise AptqError(f"The metric's costs of {name} are {problem.costs[name]}; a plan needs numbers.")
+    weights = np.array([problem.num_weights(name) for name in names], dtype=np.int64)
+    if count == "code":
+        sizes = weights[:, None] * np.array([option.bits for option in options], dtype=np.int64)
+    else:
+        sizes = np.array([[problem.storage_bits[name][option] for option in options] for name in names], dtype=np.int64)
+    other = 8 * problem.other_bytes if count == "model" else 0
+    unit = _BITS_PER_MEGABYTE if count == "model" else int(weights.sum())
+    allowed = _allowed(names, options, pin)
+    if not np.ptp(costs, axis=1).any() and len(options) > 1:
+        raise AptqError(
+            "The metric gives each layer the same cost at all bits, so that there is nothing to weigh against size. "
+            "Use a metric that knows bits (metric=error), or allocator=ratio."
+        )
+    smallest = np.where(allowed, sizes, np.iinfo(np.int64).max).min(axis=1).sum() + other
+    limit = int(budget * unit * (1 + 1e-9))
+    if smallest > limit:
+        _refuse(names, sizes, allowed, pin, other=other, unit=unit, budget=budget, count=count)
+    return Choices(
+        names=names, options=options, costs=np.where(allowed, costs, np.inf), sizes=sizes, limit=limit - other
+    )
+
+
+def _allowed(names: Sequence[str], options: Sequence[Option], pin: Mapping[str, int]) -> NDArray[np.bool_]:
+    """Return ``[layers, options]``: which options the pins leave."""
+    allowed = np.ones((len(names), len(options)), dtype=bool)
+    unused = set(pin)
+    for row, name in zip(allowed, names, strict=True):
+        for pattern, bits in pin.items():
+            if fnmatchcase(name, pattern):
+                unused.discard(pattern)
+                row &= np.array([option.bits == bits for option in options])
+                break
+    if unused:
+        raise AptqError(
+            f"allocator.pin: no layer is left for {', '.join(map(repr, sorted(unused)))}; "
+            f"a layer's name is for example {names[0]!r}, and patterns match all of it ('*.{names[0].split('.')[-1]}')."
+        )
+    return allowed
+
+
+def _refuse(
+    names: Sequence[str],
+    sizes: NDArray[np.int64],
+    allowed: NDArray[np.bool_],
+    pin: Mapping[str, int],
+    *,
+    other: int,
+    unit: int,
+    budget: float,
+    count: str,
+) -> None:
+    """Raise the error of a budget that nothing is within; say what is, and what stands in the way."""
+
+    def least(which: NDArray[np.bool_]) -> float:
+        return float((np.where(which, sizes, np.iinfo(np.int64).max).min(axis=1).sum() + other) / unit)
+
+    low, high = least(allowed), (np.where(allowed, sizes, 0).max(axis=1).sum() + other) / unit
+    free = least(np.ones_like(allowed))
+    blame = "" if free > budget or not pin else f" Without allocator.pin it could be had: from {free:.4g} on."
+    if count == "model" and other > budget * unit:
+        blame = f" What is not quantized takes {other / unit:.4g} of it (see model.quantize_head)."
+    elif not blame:
+        blame = " Offer fewer bits in allocator.bits" + (
+            ", or larger groups (format.group_size), whose scales count too." if count != "code" else "."
+        )
+    raise AptqError(
+        f"allocator.budget={budget:g} ({_unit(count)}) cannot be kept: these {len(names)} layers take between "
+        f"{low:.4g} and {high:.4g}.{blame}"
+    )
+
+
+def _unit(count: str) -> str:
+    return {
+        "code": "average bits of codes per weight",
+        "storage": "average stored bits per weight",
+        "model": "megabytes of the whole model",
+    }[count]

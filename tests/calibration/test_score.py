@@ -1,0 +1,192 @@
+"""What the loss makes of rounding, against the gradients of the whole model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from aptq.api import Callback, LayerStatistics, Option
+from aptq.calibration.backward import token_loss
+from aptq.calibration.measure import Rounding, measure
+from aptq.calibration.score import loss_changes, score
+from aptq.calibration.statistics import StatisticsCache
+from aptq.calibration.walk import Walk
+from aptq.formats.integer import Integer
+from aptq.hessians.identity import Identity
+from aptq.hessians.input import Input
+from aptq.metrics.gradient import Gradient
+from aptq.metrics.output import Output
+from aptq.models import open_model
+from aptq.quantizers.nearest import Nearest
+from aptq.settings import ModelSettings
+
+OPTIONS = (Option(2, 32), Option(4, 32))
+ROUNDING = Rounding(quantizer=Nearest(), format=Integer(), errors=OPTIONS)
+Folder = Callable[..., Path]
+
+
+def _walk(folder: Path, batch_size: int = 2, **settings: object) -> Walk:
+    tokens = torch.randint(4, 260, (5, 7), generator=torch.Generator().manual_seed(1))
+    source = open_model(ModelSettings(path=str(folder), **settings))  # type: ignore[arg-type]
+    return Walk(source, tokens, batch_size, Fabric(accelerator="cpu", devices=1))
+
+
+def _score(
+    walk: Walk, cache: Path, metric: Output | Gradient, callbacks: Callback | None = None
+) -> dict[str, LayerStatistics]:
+    return score(
+        walk,
+        Identity(),
+        metric,
+        layers=list(walk.source.layer_shapes()),
+        rounding=ROUNDING,
+        cache=StatisticsCache(cache, "key"),
+        callbacks=callbacks or Callback(),
+    )
+
+
+def _keep(
+    found: dict[str, tuple[Tensor, Tensor]], name: str, module: torch.nn.Module, args: tuple[Tensor], output: Tensor
+) -> None:
+    found[name] = (args[0], output)
+
+
+def _reference(walk: Walk, metric: Output | Gradient, option: Option) -> dict[str, tuple[float, float, float]]:
+    """Differentiate the whole model's own loss, layer by layer from the definition."""
+    model = walk.source.load_full().double()
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in walk.source.layer_shapes()}
+    samples = walk.samples[: metric.samples]
+    for number, sample in enumerate(samples):
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+
+        handles = [model.get_submodule(name).register_forward_hook(partial(_keep, found, name)) for name in sums]
+        embedded = model.get_input_embeddings()(sample[None]).detach().requires_grad_()
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+        loss = token_loss(logits, sample[None], metric.labels, (metric.seed, number))
+        gradients = torch.autograd.grad(loss, [output for _, output in found.values()])
+        for (name, (x, _)), gradient in zip(found.items(), gradients, strict=True):
+            weight = model.get_submodule(name).weight.detach()
+            grid = Integer().fit(weight.float()[None], option)
+            rounded = grid.round(weight.float().T[None], slice(None))[1][0].T
+            difference = weight - rounded
+            for x_t, g_t in zip(x[0], gradient[0], strict=True):
+                move = g_t * (difference @ x_t)
+                sums[name][0] += (move**2).sum() / 2
+                sums[name][1] += move.sum() ** 2 / 2
+            sums[name][2] += ((gradient[0].T @ x[0]) * difference).abs().sum()
+        for handle in handles:
+            handle.remove()
+    return {name: tuple((each / samples.numel()).tolist()) for name, each in sums.items()}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize("metric", [Output(samples=3, seed=4), Gradient(samples=9)])
+def test_equals_the_definition_on_the_whole_model(
+    family: str, metric: Output | Gradient, tiny_model_folder: Folder, tmp_path: Path
+) -> None:
+    walk = _walk(tiny_model_folder(family))
+    found = _score(walk, tmp_path, metric)
+    assert list(found) == list(walk.source.layer_shapes())
+    for option in OPTIONS:
+        for name, expected in _reference(walk, metric, option).items():
+            change = found[name].loss_changes[option]
+            assert (change.channels, change.tokens, change.absolute) == pytest.approx(expected, rel=2e-3), name
+    assert not list(tmp_path.rglob("*.safetensors")), "nothing is left of activations"
+
+
+def test_statistics_are_those_of_the_way_out(tiny_model_folder: Folder, tmp_path: Path) -> None:
+    folder = tiny_model_folder("llama")
+    scored = score(
+        _walk(folder),
+        Input(),
+        Output(),
+        layers=(names := list(_walk(folder).source.layer_shapes())),
+        rounding=ROUNDING,
+        cache=StatisticsCache(tmp_path, "scored"),
+        callbacks=Callback(),
+    )
+    measured = measure(
+        _walk(folder),
+        Input(),
+        layers=names,
+        rounding=ROUNDING,
+        cache=StatisticsCache(tmp_path, "measured"),
+        callbacks=Callback(),
+    )
+    for name in names:
+        assert scored[name].trace == pytest.approx(measured[name].trace, rel=1e-5)
+        assert scored[name].errors == pytest.approx(measured[name].errors, rel=1e-4)
+
+
+def test_batches_make_no_difference(tiny_model_folder: Folder, tmp_path: Path) -> None:
+    folder = tiny_model_folder("llama")
+    one, three = (_score(_walk(folder, size), tmp_path / str(size), Gradient(samples=4)) for size in (1, 3))
+    assert one == three
+
+
+def test_a_quantized_head_is_scored_too(tiny_model_folder: Folder, tmp_path: Path) -> None:
+    walk = _walk(tiny_model_folder("llama"), quantize_head=True)
+    metric = Output(samples=2)
+    change = _score(walk, tmp_path, metric)["lm_head"].loss_changes[OPTIONS[0]]
+    expected = _reference(walk, metric, OPTIONS[0])["lm_head"]
+    assert (change.channels, change.tokens, change.absolute) == pytest.approx(expected, rel=2e-3)
+
+
+def test_experts_are_scored_on_the_tokens_that_they_see(tiny_model_folder: Folder, tmp_path: Path) -> None:
+    found = _score(_walk(tiny_model_folder("mixtral")), tmp_path, Output())
+    changes = [entry.loss_changes[OPTIONS[0]].channels for name, entry in found.items() if "experts" in name]
+    assert len(changes) > 4
+    assert all(each >= 0 for each in changes)
+    assert sum(each > 0 for each in changes) > len(changes) / 2
+
+
+def test_loss_changes_are_quadratic_and_linear_in_the_difference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, g, d = (torch.randn(*shape, generator=generator) for shape in ((1, 6, 5), (1, 6, 4), (4, 5)))
+    once, twice = loss_changes(x, g, [d, -2 * d])
+    assert twice.tolist() == pytest.approx((torch.tensor([4, 4, 2]) * once).tolist())
+
+
+class _Interrupted(Exception):
+    pass
+
+
+@dataclass
+class _Interrupt(Callback):
+    at: int = -1
+    begun: int = 0
+
+    def on_advance(self, *, stage: str, done: float, detail: str) -> None:
+        assert stage == "measure"
+        if self.begun == self.at:
+            raise _Interrupted
+        self.begun += 1
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_an_interrupted_pass_goes_on_and_a_finished_one_is_not_run_again(
+    at: int, tiny_model_folder: Folder, tmp_path: Path
+) -> None:
+    folder, metric = tiny_model_folder("llama"), Output(samples=2)
+    expected = _score(_walk(folder), tmp_path / "whole", metric)
+    with pytest.raises(_Interrupted):
+        _score(_walk(folder), tmp_path / "cut", metric, _Interrupt(at=at))
+    assert _score(_walk(folder), tmp_path / "cut", metric) == expected
+    again = _Interrupt()
+    assert _score(_walk(folder), tmp_path / "cut", metric, again) == expected
+    assert again.begun == 0
+
+
+def test_statistics_that_are_gone_are_measured_anew(tiny_model_folder: Folder, tmp_path: Path) -> None:
+    folder, metric = tiny_model_folder("llama"), Output(samples=2)
+    expected = _score(_walk(folder), tmp_path / "whole", metric)
+    blocks = len(_walk(folder).source.block_names)
+    with pytest.raises(_Interrupted):
+        _score(_walk(folder), tmp_path / "cut", metric, _Interrupt(at=2 * blocks - 1))
+    next((tmp_path / "cut").rglob("*.json")).unlink()
+    assert _score(_walk(folder), tmp_path / "cut", metric) == expected
