@@ -1,0 +1,103 @@
+"""The contracts between components: all that a plug-in has to import.
+
+A component is a frozen dataclass whose fields are its options and which satisfies one of the protocols below. It
+inherits from nothing. It reaches the program through an entry point in the group of its kind (``aptq.formats``,
+``aptq.quantizers``, ...) and a YAML file with the same name in the config group of its kind.
+
+Shapes: ``out`` and ``in`` are the output and input width of a layer's weight ``[out, in]``; ``heads`` is the number of
+row blocks that have a curvature of their own (1 for most layers), ``rows = out / heads``.
+
+Units: a curvature is the Hessian of the estimator's objective *per calibration token and per average output row*: with
+the layer objective ``sum ||dW x||^2 / tokens`` it is ``2/tokens * sum x x^T``. Costs of one estimator are comparable
+across layers; costs of different estimators are not.
+"""
+
+from aptq.api.allocation import (
+    Allocation,
+    Allocator,
+    LayerStatistics,
+    LossChange,
+    LossMetric,
+    SensitivityMetric,
+)
+from aptq.api.curvature import (
+    BlockObserver,
+    Curvature,
+    CurvatureSum,
+    DriftEstimator,
+    DriftObserver,
+    GuidedEstimator,
+    HessianEstimator,
+    LayerObserver,
+    SequentialEstimator,
+)
+from aptq.api.execution import (
+    Backend,
+    LayerSpec,
+)
+from aptq.api.model import (
+    Block,
+    BlockInputs,
+    Layer,
+    Option,
+)
+from aptq.api.results import (
+    Callback,
+    EvaluationText,
+    Evaluator,
+    Exporter,
+    ExportJob,
+    LayerReport,
+)
+from aptq.api.rounding import (
+    DriftQuantizer,
+    EntryGrid,
+    Factors,
+    Format,
+    Grid,
+    QuantizedWeight,
+    Quantizer,
+    Rounded,
+)
+from aptq.errors import (
+    AptqError,
+)
+
+__all__ = [
+    "Allocation",
+    "Allocator",
+    "AptqError",
+    "Backend",
+    "Block",
+    "BlockInputs",
+    "BlockObserver",
+    "Callback",
+    "Curvature",
+    "CurvatureSum",
+    "DriftEstimator",
+    "DriftObserver",
+    "DriftQuantizer",
+    "EntryGrid",
+    "EvaluationText",
+    "Evaluator",
+    "ExportJob",
+    "Exporter",
+    "Factors",
+    "Format",
+    "Grid",
+    "GuidedEstimator",
+    "HessianEstimator",
+    "Layer",
+    "LayerObserver",
+    "LayerReport",
+    "LayerSpec",
+    "LayerStatistics",
+    "LossChange",
+    "LossMetric",
+    "Option",
+    "Quantizer",
+    "QuantizedWeight",
+    "Rounded",
+    "SensitivityMetric",
+    "SequentialEstimator",
+]

@@ -1,0 +1,127 @@
+"""What a layer costs at each option, and which option it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from aptq.api.model import Option
+from aptq.names import place
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossChange:
+    """What the model's loss makes of one rounded layer, in nats per token, from one run backwards.
+
+    With ``x_t [in]`` a token's input, ``g_t [out]`` the loss's gradient at its output and ``D`` the weight difference,
+    the output moves by ``D x_t``. Second-order changes are those of the Fisher matrix; ``g`` is of the sum over a
+    sample's tokens.
+    """
+
+    channels: float  # sum_t sum_j (g_tj (D x_t)_j)^2 / 2 tokens: tokens and channels do not act together
+    tokens: float  # sum_t (g_t . D x_t)^2 / 2 tokens: tokens do not
+    absolute: float  # sum over samples of sum_ij |G_ij D_ij| / tokens, with G = sum_t g_t x_t^T
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStatistics:
+    """What pass 1 keeps of a layer: plain numbers, cached as JSON.
+
+    ``trace`` is that of the whole Hessian (``Curvature.trace``). ``errors[option]`` is ``Curvature.quadratic`` of the
+    layer rounded at that option, in the same unit; empty unless a metric asked for it with ``needs_errors``.
+    ``loss_changes[option]`` is what the loss makes of it; empty unless a ``LossMetric`` asked.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    tokens: int
+    trace: float
+    errors: Mapping[Option, float] = field(default_factory=dict)
+    loss_changes: Mapping[Option, LossChange] = field(default_factory=dict)
+
+    @property
+    def num_weights(self) -> int:
+        """``out * in``."""
+        return self.shape[0] * self.shape[1]
+
+
+@runtime_checkable
+class SensitivityMetric(Protocol):
+    """What a layer is expected to cost at each option."""
+
+    @property
+    def needs_errors(self) -> bool:
+        """Whether pass 1 must round every layer at every option to fill ``LayerStatistics.errors``."""
+
+    def cost(self, layer: LayerStatistics, option: Option) -> float:
+        """Return the predicted cost of storing the layer so; lower is better. Say the unit."""
+
+
+@runtime_checkable
+class LossMetric(SensitivityMetric, Protocol):
+    """A metric that speaks in the unit of the model's loss.
+
+    For it pass 1 runs the full-precision model forwards and backwards, rounds every layer at every option on the way
+    back, and fills ``LayerStatistics.loss_changes``.
+    """
+
+    @property
+    def labels(self) -> str:
+        """What the loss compares predictions with: "data" or "model", as for a ``GuidedEstimator``."""
+
+    @property
+    def seed(self) -> int:
+        """Of what is drawn."""
+
+    @property
+    def samples(self) -> int:
+        """How many of the calibration samples are run backwards; all where there are no more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """The problem an allocator solves: layers, their options, what each costs and takes."""
+
+    shapes: Mapping[str, tuple[int, int]]  # layer -> (out, in), in the order of the model
+    options: Sequence[Option]
+    costs: Mapping[str, Mapping[Option, float]]  # empty when the allocator needs none
+    storage_bits: Mapping[str, Mapping[Option, int]]  # everything the disk sees: codes, scales, zeros
+    other_bytes: int = 0  # of the tensors of the model that are not quantized
+
+    def num_weights(self, name: str) -> int:
+        """Weights of one layer."""
+        out_features, in_features = self.shapes[name]
+        return out_features * in_features
+
+    @property
+    def total_weights(self) -> int:
+        """Weights of all layers."""
+        return sum(self.num_weights(name) for name in self.shapes)
+
+    def blocks(self) -> list[list[str]]:
+        """Return the names of each block's layers, from the first block to the last.
+
+        The first number in a name tells its block; a layer without one (the head) belongs to none and is left out.
+        """
+        by_depth: dict[int, list[str]] = {}
+        for name in self.shapes:
+            depth, _ = place(name)
+            if depth is not None:
+                by_depth.setdefault(depth, []).append(name)
+        return [by_depth[depth] for depth in sorted(by_depth)]
+
+
+@runtime_checkable
+class Allocator(Protocol):
+    """Which option each layer gets."""
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether pass 1 has to run at all."""
+
+    def bit_options(self) -> tuple[int, ...]:
+        """Return the bits to choose among. Raise ``AptqError`` when the options contradict each other."""
+
+    def allocate(self, problem: Allocation) -> dict[str, Option]:
+        """Return an option for every layer, within the budget."""

@@ -1,0 +1,44 @@
+"""Running packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from aptq.api.model import Option
+from aptq.api.rounding import Format
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayerSpec:
+    """All that a backend needs to know of a layer to say whether it can run it."""
+
+    out_features: int
+    in_features: int
+    format: Format
+    format_name: str
+    option: Option
+    dtype: torch.dtype  # of the activations
+    device: torch.device
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """How packed weights are multiplied."""
+
+    @property
+    def priority(self) -> int:
+        """``backend=auto`` tries the highest first; ``reference`` is the last, at 0."""
+
+    def refuses(self, spec: LayerSpec) -> str | None:
+        """Return why this layer cannot be run here, or None when it can."""
+
+    def prepack(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
+        """Turn the checkpoint's tensors into what ``matmul`` reads, once, at load."""
+
+    def matmul(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
+        """Return ``x @ W^T`` for ``x [..., in]``, as ``[..., out]`` in the dtype of ``x``."""

@@ -1,0 +1,109 @@
+"""Writing, judging and reporting what a run gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from aptq.api.model import Option
+from aptq.api.rounding import Format
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportJob:
+    """A finished quantization that an exporter writes down.
+
+    ``packed(name)`` reads one layer's packed tensors from disk, so that an exporter never holds the whole model.
+    """
+
+    plan: Mapping[str, Option]
+    format: Format
+    format_config: Mapping[str, Any]  # name and options of the format, as in the config
+    packed: Callable[[str], Mapping[str, Tensor]]
+    full_precision: Callable[[], Any]  # -> Iterator[tuple[str, Tensor]]: every other tensor of the model
+    config: Any  # transformers' PretrainedConfig
+    generation_config: Any | None
+    tokenizer: PreTrainedTokenizerBase | None
+    provenance: Mapping[str, Any]
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """What is written to disk, and who loads it."""
+
+    def check(self, format: Format, format_name: str, options: Sequence[Option]) -> None:
+        """Raise ``AptqError`` before any work when these options cannot be written."""
+
+    def export(self, job: ExportJob, folder: Path) -> None:
+        """Write a model folder. The caller gives a temporary folder and renames it when this returns."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EvaluationText:
+    """One tokenized text to judge a model by."""
+
+    name: str
+    tokens: Tensor  # [length], int64
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """What a result is judged by."""
+
+    def evaluate(
+        self, model: PreTrainedModel, texts: Sequence[EvaluationText], progress: Callable[[str, float], None]
+    ) -> dict[str, dict[str, float]]:
+        """Return ``{measure: {text name: value}}``; report ``progress(text name, share done)`` on the way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One row of ``layers.csv``. Errors are ``Curvature.quadratic``; relative ones are divided by that of W itself."""
+
+    name: str
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int
+    storage_bits: float  # per weight
+    tokens: int
+    trace: float  # per weight: tr(H) / (out * in)
+    predicted_cost: float | None  # None when no metric ran
+    error_nearest: float
+    error: float
+    relative_error: float
+    damping: float
+    seconds: float
+    events: str
+
+
+class Callback:
+    """What happens at the events of a run. Inherit and override; hooks that you leave out do nothing."""
+
+    def on_run_start(self, *, folder: Path, config: Mapping[str, Any]) -> None:
+        """A run begins, or is taken up again."""
+
+    def on_stage_start(self, *, stage: str, total: int, unit: str) -> None:
+        """A stage ("measure", "quantize", "evaluate", ...) begins; ``total`` units of work lie ahead."""
+
+    def on_advance(self, *, stage: str, done: float, detail: str) -> None:
+        """``done`` of ``total`` units are finished; ``detail`` says what is at work now."""
+
+    def on_layer_end(self, *, stage: str, report: LayerReport) -> None:
+        """A layer was quantized."""
+
+    def on_block_end(self, *, stage: str, index: int, metrics: Mapping[str, float]) -> None:
+        """A block is finished and safe on disk."""
+
+    def on_stage_end(self, *, stage: str, seconds: float) -> None:
+        """A stage is over."""
+
+    def on_run_end(self, *, folder: Path, metrics: Mapping[str, Any]) -> None:
+        """A run is over and its results are written."""
