@@ -63,6 +63,7 @@ def build_experiment(config: DictConfig) -> Experiment:
         callbacks=build_callbacks(plain, fabric, loggers),
         config=plain,
         plan_path=Path(plain["plan"]) if plain["plan"] else None,
+        audit=convert(plain["audit"], int, "audit"),
         measure_bits=convert(plain["measure_bits"], int | None, "measure_bits"),
         true_sequential=plain["true_sequential"],
         prefix=plain["prefix"],

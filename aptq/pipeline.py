@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aptq.api import (
-    Allocation,
     Allocator,
     Callback,
     Evaluator,
@@ -20,20 +19,15 @@ from aptq.api import (
     Format,
     GuidedEstimator,
     HessianEstimator,
-    LayerStatistics,
-    LossMetric,
     Option,
     Quantizer,
     SensitivityMetric,
 )
 from aptq.calibration.guidance import STAGE as GRADIENTS
 from aptq.calibration.guidance import measure_guidance
-from aptq.calibration.measure import STAGE as MEASURE
-from aptq.calibration.measure import Rounding, measure
 from aptq.calibration.quantize import STAGE as QUANTIZE
-from aptq.calibration.quantize import Recipe, quantize, storage_bits, stored_logits
-from aptq.calibration.score import score
-from aptq.calibration.statistics import StatisticsCache, code_fingerprint, content_key
+from aptq.calibration.quantize import Recipe, quantize, stored_logits
+from aptq.calibration.statistics import content_key
 from aptq.calibration.walk import Walk
 from aptq.callbacks import Callbacks
 from aptq.data import calibration_samples
@@ -42,6 +36,7 @@ from aptq.judge import STAGE as EVALUATE
 from aptq.judge import Judge, memory, versions
 from aptq.models import ModelSource, open_model
 from aptq.plan import Plan
+from aptq.planning import average_bits, budget, make_plan, measured
 from aptq.preflight import check_model, preflight
 from aptq.run import Run
 from aptq.settings import DataSettings, ModelSettings, RunSettings
@@ -74,6 +69,7 @@ class Experiment:
     callbacks: Callbacks
     config: Mapping[str, Any]  # the resolved config, as it is recorded
     plan_path: Path | None = None
+    audit: int = 0  # plans to hold the metric's predictions against
     measure_bits: int | None = None  # of the blocks that pass 1 leaves behind it; None: full precision
     true_sequential: bool = True
     prefix: str = "quantized"
@@ -152,13 +148,7 @@ def _run_stages(
     samples = calibration_samples(experiment.data, source.tokenizer)
     walk = Walk(source, samples, experiment.data.batch_size, experiment.fabric)
     _guide(experiment, walk, stages)
-    plan = run.plan() or (
-        _make_plan(experiment, source, walk, stages, options)
-        if given is None
-        else replace(given, budget=_budget(experiment, source.layer_shapes(), given.layers))
-    )
-    if experiment.fabric.global_rank == 0:
-        run.save_plan(plan)
+    plan = run.plan() or _plan(experiment, walk, run, stages, options, given)
     _quantize(experiment, walk, run, stages, plan)
     metrics: dict[str, Any] = {}
     if experiment.fabric.global_rank == 0:
@@ -167,109 +157,29 @@ def _run_stages(
     return metrics
 
 
+def _plan(
+    experiment: Experiment, walk: Walk, run: Run, stages: Stages, options: Sequence[Option], given: Plan | None
+) -> Plan:
+    """Make the plan, or take the given one, and write it down."""
+    if given is None:
+        plan, problem, audit = make_plan(experiment, walk, stages, options)
+        run.save_sensitivity(problem)
+        run.save_audit(audit)
+    else:
+        plan = replace(given, budget=budget(experiment, walk.source.layer_shapes(), given.layers))
+    run.save_plan(plan)
+    return plan
+
+
 def _guide(experiment: Experiment, walk: Walk, stages: Stages) -> None:
     """Take the gradients that the estimator weighs errors by, if it does."""
     estimator = experiment.estimator
     if not isinstance(estimator, GuidedEstimator) or estimator.labels is None:
         return
-    parts = {**_measured(experiment, walk), "ranks": experiment.fabric.world_size, "head": walk.source.head_name}
+    parts = {**measured(experiment, walk), "ranks": experiment.fabric.world_size, "head": walk.source.head_name}
     folder = experiment.cache_dir / "gradients" / content_key(parts)
     with stages(GRADIENTS, 2 * len(walk.source.block_names), "block"):
         walk.guidance = measure_guidance(walk, estimator, folder, experiment.callbacks)
-
-
-def _make_plan(
-    experiment: Experiment, source: ModelSource, walk: Walk, stages: Stages, options: Sequence[Option]
-) -> Plan:
-    """Measure where the allocator needs it, then allocate."""
-    shapes = source.layer_shapes()
-    costs: dict[str, dict[Option, float]] = {}
-    if experiment.allocator.needs_costs:
-        statistics = _measure(experiment, source, walk, stages, options)
-        costs = {
-            name: {option: experiment.metric.cost(statistics[name], option) for option in options} for name in shapes
-        }
-    problem = Allocation(
-        shapes=shapes,
-        options=options,
-        costs=costs,
-        storage_bits={
-            name: {option: storage_bits(experiment.format, option, shape) for option in options}
-            for name, shape in shapes.items()
-        },
-        other_bytes=source.other_bytes,
-    )
-    with stages("allocate"):
-        layers = experiment.allocator.allocate(problem)
-    return Plan(
-        layers=layers,
-        format_name=experiment.format_name,
-        budget=_budget(experiment, shapes, layers),
-        predicted_cost=sum(costs[name][option] for name, option in layers.items()) if costs else None,
-        layer_costs={name: costs[name][option] for name, option in layers.items()} if costs else {},
-    )
-
-
-def _budget(
-    experiment: Experiment, shapes: Mapping[str, tuple[int, int]], layers: Mapping[str, Option]
-) -> dict[str, Any]:
-    """Return where a plan came from, and its averages."""
-    given = experiment.plan_path
-    origin = {"allocator": experiment.config["allocator"]} if given is None else {"plan": str(given)}
-    bits = _average_bits(experiment.format, shapes, layers)
-    return {**origin, **{f"{which}_bits": average for which, average in bits.items()}}
-
-
-def _average_bits(
-    format: Format, shapes: Mapping[str, tuple[int, int]], plan: Mapping[str, Option]
-) -> dict[str, float]:
-    """Return the averages in bits per quantized weight: codes alone, and all that is stored."""
-    weights = {name: shapes[name][0] * shapes[name][1] for name in plan}
-    code = sum(option.bits * weights[name] for name, option in plan.items())
-    storage = sum(storage_bits(format, option, shapes[name]) for name, option in plan.items())
-    return {"code": code / sum(weights.values()), "storage": storage / sum(weights.values())}
-
-
-def _measure(
-    experiment: Experiment, source: ModelSource, walk: Walk, stages: Stages, options: Sequence[Option]
-) -> dict[str, LayerStatistics]:
-    metric = experiment.metric
-    errors = options if metric.needs_errors else ()
-    prefix = experiment.measure_option
-    parts = {
-        **_measured(experiment, walk),
-        "rounding": [experiment.config["quantizer"], experiment.config["format"], errors, prefix]
-        if errors or prefix
-        else None,
-        "loss": [metric.labels, metric.seed, metric.samples] if isinstance(metric, LossMetric) else None,
-    }
-    common: dict[str, Any] = {
-        "layers": list(source.layer_shapes()),
-        "rounding": Rounding(quantizer=experiment.quantizer, format=experiment.format, errors=errors, prefix=prefix),
-        "cache": StatisticsCache(experiment.cache_dir / "statistics", content_key(parts)),
-        "callbacks": experiment.callbacks,
-    }
-    if isinstance(metric, LossMetric):
-        with stages(MEASURE, 2 * len(source.block_names), "block"):
-            return score(walk, experiment.estimator, metric, **common)
-    with stages(MEASURE, source.num_steps, "block"):
-        return measure(walk, experiment.estimator, **common)
-
-
-def _measured(experiment: Experiment, walk: Walk) -> dict[str, Any]:
-    """Return what all that is measured on the calibration samples depends on, for a key of the cache."""
-    return {
-        "model": walk.source.fingerprint(),
-        "code": code_fingerprint(),
-        "samples": samples_key(walk),
-        "hessian": experiment.config["hessian"],
-        "precision": experiment.config["fabric"]["precision"],
-    }
-
-
-def samples_key(walk: Walk) -> str:
-    """Return a digest of all calibration samples."""
-    return content_key({"shape": list(walk.samples.shape), "tokens": walk.samples.tolist()})
 
 
 def _quantize(experiment: Experiment, walk: Walk, run: Run, stages: Stages, plan: Plan) -> None:
@@ -328,9 +238,11 @@ def _finish(experiment: Experiment, source: ModelSource, run: Run, stages: Stage
                 device=experiment.fabric.device,
                 num_samples=experiment.num_samples,
             )
+    audit = run.audit()
     metrics = {
         **judged,
-        "bits": _average_bits(experiment.format, source.layer_shapes(), plan.layers),
+        **({} if audit is None else {"audit": audit}),
+        "bits": average_bits(experiment.format, source.layer_shapes(), plan.layers),
         "bytes": {
             "model": sum(path.stat().st_size for path in run.model_folder.glob("*.safetensors")),
             "original": source.num_bytes,

@@ -51,6 +51,7 @@ def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
             f"measure_bits={experiment.measure_bits}: metric={experiment.config['metric']['name']} needs the gradients "
             "of the full-precision model, and its blocks as they are; leave measure_bits out, or use another metric."
         )
+    _check_audit(experiment)
     given = None
     if experiment.plan_path is None:
         bits = experiment.allocator.bit_options()
@@ -65,6 +66,19 @@ def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
         options = sorted(set(given.layers.values()))
     experiment.exporter.check(experiment.format, experiment.format_name, options)
     return options, given
+
+
+def _check_audit(experiment: Experiment) -> None:
+    """Raise ``AptqError`` where there is nothing to audit."""
+    if experiment.audit < 0 or experiment.audit == 1:
+        raise AptqError(f"audit={experiment.audit} is not allowed; it is a number of plans from 2 up, or 0 for none.")
+    predicts = experiment.plan_path is None and experiment.allocator.needs_costs
+    if experiment.audit and not predicts:
+        origin = "a given plan" if experiment.plan_path else f"allocator={experiment.config['allocator']['name']}"
+        raise AptqError(
+            f"audit={experiment.audit} holds what a metric predicts against measured plans, and {origin} predicts "
+            "nothing; leave audit out, or use an allocator that goes by costs, such as allocator=knapsack."
+        )
 
 
 def _check_drift(experiment: Experiment) -> None:

@@ -14,7 +14,7 @@ from typing import IO, Any, Literal
 from torch import Tensor
 
 from aptq import run_folder
-from aptq.api import LayerReport
+from aptq.api import Allocation, LayerReport, Option
 from aptq.block_store import BlockStore
 from aptq.errors import AptqError
 from aptq.files import clean_leftovers, disk_errors, write_json, write_text
@@ -125,6 +125,44 @@ class Run:
         """Return the plan, or None when the run has not come to it."""
         path = self.folder / "plan.json"
         return read_plan(path) if path.exists() else None
+
+    def save_sensitivity(self, problem: Allocation) -> None:
+        """Write ``sensitivity.csv``, one row a layer and option, where there are costs."""
+        if self._writes() and problem.costs:
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(("layer", "bits", "group_size", "stored_bits", "cost"))
+            for name, costs in problem.costs.items():
+                for option, cost in costs.items():
+                    stored = problem.storage_bits[name][option]
+                    writer.writerow((name, option.bits, option.group_size, stored, cost))
+            write_text(self.folder / "sensitivity.csv", text.getvalue(), "the table of costs")
+
+    def sensitivity(self) -> dict[str, dict[Option, tuple[int, float]]]:
+        """Read ``sensitivity.csv``: stored bits and cost of each layer at each option; empty where there is none."""
+        path = self.folder / "sensitivity.csv"
+        if not path.exists():
+            return {}
+        found: dict[str, dict[Option, tuple[int, float]]] = {}
+        with path.open(encoding="utf-8", newline="") as file:
+            try:
+                for row in csv.DictReader(file):
+                    option = Option(int(row["bits"]), int(row["group_size"]))
+                    found.setdefault(row["layer"], {})[option] = int(row["stored_bits"]), float(row["cost"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise AptqError(f"{path} is damaged: {error!r}.") from error
+        return found
+
+    def save_audit(self, audit: Mapping[str, Any] | None) -> None:
+        """Write ``audit.json``, where there was an audit."""
+        if self._writes() and audit is not None:
+            write_json(self.folder / "audit.json", _finite(audit), "the audit")
+
+    def audit(self) -> dict[str, Any] | None:
+        """Read ``audit.json``; None where there was no audit."""
+        path = self.folder / "audit.json"
+        found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return found
 
     def block_done(self, index: int) -> bool:
         """Say whether a block is on disk and whole. A damaged one is not, and a warning tells so."""

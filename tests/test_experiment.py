@@ -216,6 +216,42 @@ def test_a_budget_sweep_measures_once(overrides: Callable[..., list[str]]) -> No
     assert run.metrics()["seconds"]["measure"] < 0.5 * first["measure"] + 0.05
 
 
+def test_a_plan_by_the_loss_is_audited_and_on_record(overrides: Callable[..., list[str]]) -> None:
+    more = ["metric=output", "allocator=knapsack", "allocator.bits=[2,3,4]", "allocator.budget=3.3", "audit=4"]
+    run = aptq.quantize(overrides(*more))
+    metrics, plan = run.metrics(), run.plan()
+    assert plan is not None
+    assert 3.2 < metrics["bits"]["code"] <= 3.3
+    found = run.sensitivity()
+    assert found.keys() == plan.layers.keys()
+    assert plan.predicted_cost == pytest.approx(sum(found[name][option][1] for name, option in plan.layers.items()))
+    for options in found.values():
+        assert [option.bits for option in options] == [2, 3, 4]
+        (_, worst), _, (_, best) = options.values()
+        assert 0 < best < worst
+    audit = metrics["audit"]
+    assert [row["kind"] for row in audit["plans"]] == ["chosen", "uniform", *["random"] * 4]
+    assert audit["spearman"] > 0.5
+    assert 0.2 < audit["slope"] < 5
+    assert "audit" in metrics["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["audit=4", "allocator=uniform"], "allocator=uniform predicts nothing"),
+        (["audit=1"], "from 2 up"),
+        (["metric=output", "measure_bits=4"], "needs the gradients of the full-precision model"),
+        (["allocator=knapsack", "metric=trace"], "knows bits"),
+    ],
+)
+def test_plans_that_cannot_be_made_are_refused(
+    more: list[str], message: str, overrides: Callable[..., list[str]]
+) -> None:
+    with pytest.raises(AptqError, match=message):
+        aptq.quantize(overrides(*more))
+
+
 def test_statistics_are_cached_by_the_rounded_blocks_they_were_measured_behind(
     overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -333,6 +369,18 @@ def test_two_ranks_measure_behind_the_same_rounded_blocks(overrides: Callable[..
         for folder in ("one", "run")
     )
     assert one == pytest.approx(two, rel=1e-4)
+
+
+@pytest.mark.distributed
+def test_two_ranks_predict_and_measure_the_same_divergence(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    plan = ["evaluator=none", "metric=output", "metric.samples=3", "allocator=knapsack", "quantizer=nearest", "audit=2"]
+    aptq.quantize(overrides(*plan, folder="one"))
+    _run_on_two_ranks(overrides(*plan, f"cache_dir={tmp_path / 'other'}"))
+    one, two = (aptq.Run.read(tmp_path / folder) for folder in ("one", "run"))
+    costs = [[cost for options in run.sensitivity().values() for _, cost in options.values()] for run in (one, two)]
+    assert costs[0] == pytest.approx(costs[1], rel=1e-3)
+    figures = [[row["measured"] for row in (run.audit() or {})["plans"]] for run in (one, two)]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-2)
 
 
 def _share_of_other_codes(one: torch.Tensor, two: torch.Tensor) -> float:

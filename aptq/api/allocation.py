@@ -29,7 +29,8 @@ class LayerStatistics:
     """What pass 1 keeps of a layer: plain numbers, cached as JSON.
 
     ``trace`` is that of the whole Hessian (``Curvature.trace``). ``errors[option]`` is ``Curvature.quadratic`` of the
-    layer rounded at that option, in the same unit; empty unless a metric asked for it with ``needs_errors``.
+    layer rounded at that option, in the same unit, and ``distances[option]`` the sum of its squared weight differences;
+    both are empty unless a metric asked for them with ``needs_errors``.
     ``loss_changes[option]`` is what the loss makes of it; empty unless a ``LossMetric`` asked.
     """
 
@@ -38,6 +39,7 @@ class LayerStatistics:
     tokens: int
     trace: float
     errors: Mapping[Option, float] = field(default_factory=dict)
+    distances: Mapping[Option, float] = field(default_factory=dict)
     loss_changes: Mapping[Option, LossChange] = field(default_factory=dict)
 
     @property
@@ -52,7 +54,7 @@ class SensitivityMetric(Protocol):
 
     @property
     def needs_errors(self) -> bool:
-        """Whether pass 1 must round every layer at every option to fill ``LayerStatistics.errors``."""
+        """Whether pass 1 must round every layer at every option, to fill ``errors`` and ``distances``."""
 
     def cost(self, layer: LayerStatistics, option: Option) -> float:
         """Return the predicted cost of storing the layer so; lower is better. Say the unit."""

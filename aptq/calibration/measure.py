@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -31,9 +32,9 @@ STAGE = "measure"
 class Rounding:
     """What pass 1 rounds, and with what.
 
-    ``errors``: every layer at each of these options, to fill ``LayerStatistics.errors``. ``prefix``: every block at
-    this option once it has been observed, so that later blocks are measured on what a quantized model feeds them
-    (APTQ, DAC 2024, algorithm 1, step 1); None leaves the model in full precision.
+    ``errors``: every layer at each of these options, to fill ``LayerStatistics.errors`` and ``distances``.
+    ``prefix``: every block at this option once it has been observed, so that later blocks are measured on what a
+    quantized model feeds them (APTQ, DAC 2024, algorithm 1, step 1); None leaves the model in full precision.
     """
 
     quantizer: Quantizer
@@ -127,17 +128,27 @@ def _measure_layer(
 ) -> tuple[LayerStatistics, dict[Option, dict[str, Tensor]]]:
     """Return a layer's statistics and its packed tensors at the options to keep."""
     errors: dict[Option, float] = {}
+    distances: dict[Option, float] = {}
     packed: dict[Option, dict[str, Tensor]] = {}
     format = rounding.format
     for option in dict.fromkeys([*rounding.errors, *keep]):
         weight = layer.weight().float()
         rounded = rounding.quantizer.quantize(weight, prepared.of(curvature)[0], format, option).weight
         if option in rounding.errors:
-            errors[option] = curvature.quadratic(weight - format.dequantize(rounded, option))
+            difference = weight - format.dequantize(rounded, option)
+            errors[option] = curvature.quadratic(difference)
+            distances[option] = difference.square().sum(dtype=torch.float64).item()
         if option in keep:
             packed[option] = format.pack(rounded, option)
     trace = curvature.trace(layer.shape[0])
-    row = LayerStatistics(name=layer.name, shape=layer.shape, tokens=curvature.tokens, trace=trace, errors=errors)
+    row = LayerStatistics(
+        name=layer.name,
+        shape=layer.shape,
+        tokens=curvature.tokens,
+        trace=trace,
+        errors=errors,
+        distances=distances,
+    )
     return row, packed
 
 

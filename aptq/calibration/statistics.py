@@ -54,24 +54,34 @@ def code_fingerprint() -> str:
 
 
 def _to_json(entry: LayerStatistics) -> dict[str, Any]:
-    errors = [[option.bits, option.group_size, error] for option, error in entry.errors.items()]
-    changes = [[option.bits, option.group_size, asdict(change)] for option, change in entry.loss_changes.items()]
+    changes = {option: asdict(change) for option, change in entry.loss_changes.items()}
     return {
         "name": entry.name,
         "shape": list(entry.shape),
         "tokens": entry.tokens,
         "trace": entry.trace,
-        "errors": errors,
-        "loss_changes": changes,
+        "errors": _by_option_to_json(entry.errors),
+        "distances": _by_option_to_json(entry.distances),
+        "loss_changes": _by_option_to_json(changes),
     }
 
 
 def _from_json(row: Mapping[str, Any]) -> LayerStatistics:
+    changes = _by_option_from_json(row["loss_changes"])
     return LayerStatistics(
         name=row["name"],
         shape=(row["shape"][0], row["shape"][1]),
         tokens=row["tokens"],
         trace=row["trace"],
-        errors={Option(bits, group_size): error for bits, group_size, error in row["errors"]},
-        loss_changes={Option(bits, size): LossChange(**change) for bits, size, change in row["loss_changes"]},
+        errors=_by_option_from_json(row["errors"]),
+        distances=_by_option_from_json(row["distances"]),
+        loss_changes={option: LossChange(**change) for option, change in changes.items()},
     )
+
+
+def _by_option_to_json(values: Mapping[Option, Any]) -> list[list[Any]]:
+    return [[option.bits, option.group_size, value] for option, value in values.items()]
+
+
+def _by_option_from_json(rows: list[list[Any]]) -> dict[Option, Any]:
+    return {Option(bits, group_size): value for bits, group_size, value in rows}

@@ -45,7 +45,10 @@ def _statistics(
 ) -> LayerStatistics:
     errors = {option: trace * 4.0**-option.bits for option in options} if with_errors else {}
     changes = {option: LossChange(channels=each, tokens=2 * each, absolute=9 * each) for option, each in errors.items()}
-    return LayerStatistics(name=name, shape=shape, tokens=64, trace=trace, errors=errors, loss_changes=changes)
+    distances = {option: shape[0] * shape[1] * 4.0**-option.bits for option in errors}
+    return LayerStatistics(
+        name=name, shape=shape, tokens=64, trace=trace, errors=errors, distances=distances, loss_changes=changes
+    )
 
 
 def check_allocator(allocator: Allocator, *, average_bits: float | None = None) -> None:

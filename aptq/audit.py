@@ -1,0 +1,123 @@
+"""How far a metric's predictions can be trusted: held against what plans are measured to do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from aptq.allocators.choices import Choices
+from aptq.allocators.relaxation import relaxed
+from aptq.api import Allocation, Option
+from aptq.names import place
+
+_log = logging.getLogger(__name__)
+
+_SPREAD = 1.5
+"""Standard deviation of random log sensitivities: about one bit more or less, for each of three influences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A plan that is audited, and why."""
+
+    kind: str  # "chosen", "uniform" or "random"
+    plan: Mapping[str, Option]
+
+
+def candidates(problem: Allocation, chosen: Mapping[str, Option], count: int, seed: int) -> list[Candidate]:
+    """Return the chosen plan, the best uniform one that is no larger, and ``count`` random ones of its size.
+
+    A random plan is the best one for sensitivities that are drawn for each kind of layer, along the depth and for each
+    layer by itself: plans as different as those that metrics make of different models.
+    """
+    size = _stored(problem, chosen)
+    found = [Candidate(kind="chosen", plan=chosen)]
+    uniform = [dict.fromkeys(problem.shapes, option) for option in problem.options]
+    fitting = [plan for plan in uniform if _stored(problem, plan) <= size and plan != dict(chosen)]
+    if fitting:
+        found.append(Candidate(kind="uniform", plan=max(fitting, key=lambda plan: _stored(problem, plan))))
+    rng = np.random.default_rng(seed)
+    found += [Candidate(kind="random", plan=_random_plan(problem, size, rng)) for _ in range(count)]
+    return found
+
+
+def _random_plan(problem: Allocation, limit: int, rng: np.random.Generator) -> dict[str, Option]:
+    names, options = list(problem.shapes), list(problem.options)
+    depths, kinds = zip(*(place(name) for name in names), strict=True)
+    last = max((depth for depth in depths if depth is not None), default=0) or 1
+    of_kind = {kind: rng.normal(0, _SPREAD) for kind in dict.fromkeys(kinds)}
+    tilt = rng.normal(0, _SPREAD)
+    loudness = np.array(
+        [of_kind[kind] + tilt * (2 * (depth or 0) / last - 1) for kind, depth in zip(kinds, depths, strict=True)]
+    ) + rng.normal(0, _SPREAD, len(names))
+    weights = np.array([problem.num_weights(name) for name in names])
+    noise = 4.0 ** -np.array([option.bits for option in options], dtype=np.float64)
+    costs = np.exp(loudness)[:, None] * weights[:, None] * noise
+    sizes = np.array([[problem.storage_bits[name][option] for option in options] for name in names], dtype=np.int64)
+    table = Choices(names=names, options=options, costs=costs, sizes=sizes, limit=limit)
+    return table.plan(relaxed(table)[0])
+
+
+def _stored(problem: Allocation, plan: Mapping[str, Option]) -> int:
+    return sum(problem.storage_bits[name][option] for name, option in plan.items())
+
+
+def audit(problem: Allocation, audited: Sequence[Candidate], measured: Sequence[float]) -> dict[str, Any]:
+    """Return the figures of an audit and warn where the metric is no guide.
+
+    Returns:
+        ``spearman``: rank correlation of predicted cost and measured divergence over all plans but the chosen one,
+        which was picked by the prediction; ``size_spearman``: that of a plan's size, with the sign of "smaller is
+        worse"; ``slope``: of the least-squares line through the origin, measured over predicted; ``plans``: kind,
+        predicted, measured and stored bits a weight of each.
+    """
+    total = problem.total_weights
+    rows = [
+        {
+            "kind": each.kind,
+            "predicted": sum(problem.costs[name][option] for name, option in each.plan.items()),
+            "measured": figure,
+            "storage_bits": _stored(problem, each.plan) / total,
+        }
+        for each, figure in zip(audited, measured, strict=True)
+    ]
+    others = [row for row in rows if row["kind"] != "chosen"]
+    predicted, found = ([float(row[key]) for row in others] for key in ("predicted", "measured"))
+    spearman = _correlation(predicted, found)
+    by_size = _correlation([-float(row["storage_bits"]) for row in others], found)
+    squares = sum(value**2 for value in predicted)
+    slope = sum(a * b for a, b in zip(predicted, found, strict=True)) / squares if squares else None
+    if spearman is not None and spearman <= max(by_size or 0.0, 0.3):
+        _log.warning(
+            "The metric orders plans no better than chance or their size does (Spearman %.2f, by size %.2f): its plan "
+            "is not to be trusted. Use another metric, or more calibration samples.",
+            spearman,
+            by_size or 0.0,
+        )
+    return {"spearman": spearman, "size_spearman": by_size, "slope": slope, "plans": rows}
+
+
+def _correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Return Spearman's correlation; None where one side is all the same."""
+    if len(set(one)) < 2 or len(set(other)) < 2:
+        return None
+    return float(spearmanr(one, other).statistic)
+
+
+def preferred(audited: Sequence[Candidate], measured: Sequence[float]) -> Candidate:
+    """Return the chosen plan, or the uniform one where that was measured to be better; say so."""
+    figures = {each.kind: figure for each, figure in zip(audited, measured, strict=True) if each.kind != "random"}
+    best = "uniform" if figures.get("uniform", float("inf")) < figures["chosen"] else "chosen"
+    if best == "uniform":
+        _log.warning(
+            "The plan is measured to be worse than the same bits everywhere (%.4f against %.4f nats per token), which "
+            "are taken instead.",
+            figures["chosen"],
+            figures["uniform"],
+        )
+    return next(each for each in audited if each.kind == best)

@@ -1,0 +1,138 @@
+"""From measured layers to a plan: pass 1, the allocator, and the audit of what it went by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from aptq.api import Allocation, Format, LayerStatistics, LossMetric, Option
+from aptq.audit import audit, candidates, preferred
+from aptq.calibration.divergence import STAGE as AUDIT
+from aptq.calibration.divergence import measure_divergence
+from aptq.calibration.measure import STAGE as MEASURE
+from aptq.calibration.measure import Rounding, measure
+from aptq.calibration.quantize import storage_bits
+from aptq.calibration.score import score
+from aptq.calibration.statistics import StatisticsCache, code_fingerprint, content_key
+from aptq.plan import Plan
+
+if TYPE_CHECKING:
+    from aptq.calibration.walk import Walk
+    from aptq.pipeline import Experiment, Stages
+
+_AUDITED_SAMPLES = 2
+"""Of the calibration samples: the divergence of two differs from that of all by less than plans from each other."""
+
+
+def make_plan(
+    experiment: Experiment, walk: Walk, stages: Stages, options: Sequence[Option]
+) -> tuple[Plan, Allocation, dict[str, Any] | None]:
+    """Measure where the allocator needs it, allocate, and audit the plan where that is asked for.
+
+    Returns:
+        the plan; the problem that it solves; and the audit's figures (``aptq.audit.audit``), if there was one.
+    """
+    problem = _problem(experiment, walk, stages, options)
+    with stages("allocate"):
+        layers: Mapping[str, Option] = experiment.allocator.allocate(problem)
+    figures = None
+    if experiment.audit:
+        audited = candidates(problem, layers, experiment.audit, experiment.data.seed)
+        with stages(AUDIT, walk.source.num_steps, "block"):
+            measured = measure_divergence(
+                walk,
+                experiment.estimator,
+                Rounding(quantizer=experiment.quantizer, format=experiment.format),
+                [each.plan for each in audited],
+                num_samples=_AUDITED_SAMPLES,
+                callbacks=experiment.callbacks,
+            )
+        figures = audit(problem, audited, measured)
+        layers = preferred(audited, measured).plan
+    costs = {name: problem.costs[name][option] for name, option in layers.items()} if problem.costs else {}
+    plan = Plan(
+        layers=layers,
+        format_name=experiment.format_name,
+        budget=budget(experiment, problem.shapes, layers),
+        predicted_cost=sum(costs.values()) if costs else None,
+        layer_costs=costs,
+    )
+    return plan, problem, figures
+
+
+def _problem(experiment: Experiment, walk: Walk, stages: Stages, options: Sequence[Option]) -> Allocation:
+    """Measure what each layer costs at each option, where the allocator needs it."""
+    source = walk.source
+    shapes = source.layer_shapes()
+    costs: dict[str, dict[Option, float]] = {}
+    if experiment.allocator.needs_costs:
+        statistics = _measure(experiment, walk, stages, options)
+        costs = {
+            name: {option: experiment.metric.cost(statistics[name], option) for option in options} for name in shapes
+        }
+    sizes = {
+        name: {option: storage_bits(experiment.format, option, shape) for option in options}
+        for name, shape in shapes.items()
+    }
+    return Allocation(shapes=shapes, options=options, costs=costs, storage_bits=sizes, other_bytes=source.other_bytes)
+
+
+def budget(
+    experiment: Experiment, shapes: Mapping[str, tuple[int, int]], layers: Mapping[str, Option]
+) -> dict[str, Any]:
+    """Return where a plan came from, and its averages."""
+    given = experiment.plan_path
+    origin = {"allocator": experiment.config["allocator"]} if given is None else {"plan": str(given)}
+    bits = average_bits(experiment.format, shapes, layers)
+    return {**origin, **{f"{which}_bits": average for which, average in bits.items()}}
+
+
+def average_bits(format: Format, shapes: Mapping[str, tuple[int, int]], plan: Mapping[str, Option]) -> dict[str, float]:
+    """Return the averages in bits per quantized weight: codes alone, and all that is stored."""
+    weights = {name: shapes[name][0] * shapes[name][1] for name in plan}
+    code = sum(option.bits * weights[name] for name, option in plan.items())
+    storage = sum(storage_bits(format, option, shapes[name]) for name, option in plan.items())
+    return {"code": code / sum(weights.values()), "storage": storage / sum(weights.values())}
+
+
+def _measure(
+    experiment: Experiment, walk: Walk, stages: Stages, options: Sequence[Option]
+) -> dict[str, LayerStatistics]:
+    source = walk.source
+    metric = experiment.metric
+    errors = options if metric.needs_errors else ()
+    prefix = experiment.measure_option
+    parts = {
+        **measured(experiment, walk),
+        "rounding": [experiment.config["quantizer"], experiment.config["format"], errors, prefix]
+        if errors or prefix
+        else None,
+        "loss": [metric.labels, metric.seed, metric.samples] if isinstance(metric, LossMetric) else None,
+    }
+    common: dict[str, Any] = {
+        "layers": list(source.layer_shapes()),
+        "rounding": Rounding(quantizer=experiment.quantizer, format=experiment.format, errors=errors, prefix=prefix),
+        "cache": StatisticsCache(experiment.cache_dir / "statistics", content_key(parts)),
+        "callbacks": experiment.callbacks,
+    }
+    if isinstance(metric, LossMetric):
+        with stages(MEASURE, 2 * len(source.block_names), "block"):
+            return score(walk, experiment.estimator, metric, **common)
+    with stages(MEASURE, source.num_steps, "block"):
+        return measure(walk, experiment.estimator, **common)
+
+
+def measured(experiment: Experiment, walk: Walk) -> dict[str, Any]:
+    """Return what all that is measured on the calibration samples depends on, for a key of the cache."""
+    return {
+        "model": walk.source.fingerprint(),
+        "code": code_fingerprint(),
+        "samples": samples_key(walk),
+        "hessian": experiment.config["hessian"],
+        "precision": experiment.config["fabric"]["precision"],
+    }
+
+
+def samples_key(walk: Walk) -> str:
+    """Return a digest of all calibration samples."""
+    return content_key({"shape": list(walk.samples.shape), "tokens": walk.samples.tolist()})
