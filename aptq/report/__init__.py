@@ -22,8 +22,9 @@ def write_report(run_folder: Path) -> Path:
         AptqError: this is no run folder, or one of its files is damaged.
     """
     content = collect(Run.read(run_folder))
-    for name, data in figures.draw(content).items():
+    drawn = figures.draw(content)
+    for name, data in drawn.items():
         write_bytes(run_folder / name, data, "a figure")
     page = run_folder / "report.html"
-    write_text(page, render("aptq.report", run=content), "the report")
+    write_text(page, render("aptq.report", run=content, figures=drawn), "the report")
     return page

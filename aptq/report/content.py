@@ -10,6 +10,7 @@ from typing import Any
 
 from aptq.api import LayerReport
 from aptq.names import place
+from aptq.report.sensitivity import Audit, Costs, TradeOff, audit_of, trade_off
 from aptq.run import Run
 from aptq.run_folder import CONFIG
 
@@ -74,6 +75,9 @@ class Content:
     layers: list[LayerReport]
     bits: Map | None
     errors: Map | None
+    costs: Map | None  # predicted, a weight, at the fewest bits
+    trade_off: TradeOff | None
+    audit: Audit | None
     widths: list[Width]
     outside: list[tuple[str, int]]  # layers outside the blocks, with their bits
     worst: list[LayerReport]
@@ -90,6 +94,8 @@ def collect(run: Run) -> Content:
     bits = {report.name: float(report.bits) for report in layers}
     if plan is not None and not bits:
         bits = {name: float(option.bits) for name, option in plan.layers.items()}
+    weights = {report.name: report.out_features * report.in_features for report in layers}
+    sensitivity = run.sensitivity()
     errors = {report.name: report.relative_error for report in layers if math.isfinite(report.relative_error)}
     by_error = sorted(layers, key=lambda report: -report.relative_error)
     mended = [report for report in layers if report.events]
@@ -105,7 +111,10 @@ def collect(run: Run) -> Content:
         layers=layers,
         bits=_map(bits, _tell_bits, logarithmic=False),
         errors=_map(errors, lambda value: f"{value:.2e}", logarithmic=True),
-        widths=_widths(bits, {report.name: report.out_features * report.in_features for report in layers}),
+        costs=_map(_costs(sensitivity, weights), lambda value: f"{value:.2e}", logarithmic=True),
+        trade_off=None if plan is None else trade_off(sensitivity, plan.layers, weights),
+        audit=audit_of(metrics),
+        widths=_widths(bits, weights),
         outside=[(name, int(value)) for name, value in bits.items() if place(name)[0] is None],
         worst=[report for report in by_error if report.name in errors][:_WORST],
         mended=mended[:_EVENTS],
@@ -113,6 +122,15 @@ def collect(run: Run) -> Content:
         dampings=sorted(Counter(report.damping for report in layers).items()),
         config=(run.folder / CONFIG).read_text(encoding="utf-8"),
     )
+
+
+def _costs(sensitivity: Costs, weights: Mapping[str, int]) -> dict[str, float]:
+    """Return what each layer is predicted to cost at its fewest bits, per weight."""
+    return {
+        name: options[min(options)][1] / weights[name]
+        for name, options in sensitivity.items()
+        if name in weights and options[min(options)][1] > 0
+    }
 
 
 def _judged(metrics: Mapping[str, Any]) -> list[Judged]:

@@ -12,9 +12,14 @@ from matplotlib.figure import Figure
 from aptq.report.words import duration, size
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from aptq.report.content import Content, Map
+    from aptq.report.sensitivity import Audit, TradeOff
 
 _BLUE = "#2f6fb3"
+_RED = "#c2403a"
+_GREY = "#777777"
 _MAX_LINES = 9  # kinds of layers in one chart
 
 
@@ -25,6 +30,10 @@ def draw(content: Content) -> dict[str, bytes]:
         drawn["bits.png"] = _heat_map(content.bits)
     if content.errors is not None:
         drawn["errors.png"] = _lines(content.errors)
+    if content.trade_off is not None:
+        drawn["trade_off.png"] = _trade_off(content.trade_off)
+    if content.audit is not None:
+        drawn["audit.png"] = _audit(content.audit)
     if content.stages:
         drawn["stages.png"] = _stages(content)
     return drawn
@@ -60,6 +69,59 @@ def _lines(errors: Map) -> bytes:
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return png(figure)
+
+
+def _trade_off(trade_off: TradeOff) -> bytes:
+    figure = Figure(figsize=(7.5, 4.2))
+    axes = figure.add_subplot()
+    bits, costs = zip(*trade_off.curve, strict=True)
+    axes.plot(bits, costs, color=_BLUE, linewidth=1.4, label="best plan for each size")
+    points = trade_off.uniform
+    axes.scatter(
+        [point.bits for point in points],
+        [point.cost for point in points],
+        color=_GREY,
+        label="the same bits everywhere",
+        zorder=3,
+    )
+    for point in points:
+        axes.annotate(f"{point.label} bits", (point.bits, point.cost), (5, 5), textcoords="offset points", fontsize=8)
+    chosen = trade_off.chosen
+    axes.scatter([chosen.bits], [chosen.cost], color=_RED, marker="*", s=130, label="this plan", zorder=4)
+    if min(*costs, chosen.cost, *(point.cost for point in points)) > 0:
+        axes.set_yscale("log")
+    axes.set_xlabel("stored bits per weight")
+    axes.set_ylabel("predicted cost")
+    axes.set_title("What the bits buy", loc="left", fontsize=11)
+    return _plain(figure, axes)
+
+
+def _audit(audit: Audit) -> bytes:
+    figure = Figure(figsize=(5.2, 4.6))
+    axes = figure.add_subplot()
+    for kind, colour, marker in (("random", _GREY, "o"), ("uniform", _BLUE, "s"), ("chosen", _RED, "*")):
+        points = [(predicted, measured) for each, predicted, measured in audit.points if each == kind]
+        if points:
+            size = 130 if kind == "chosen" else 28
+            x, y = zip(*points, strict=True)
+            axes.scatter(x, y, color=colour, marker=marker, s=size, label=f"{kind} plan", zorder=3)
+    if audit.slope is not None:
+        end = max(predicted for _, predicted, _ in audit.points)
+        axes.plot([0, end], [0, audit.slope * end], color="#999999", linewidth=1, label=f"slope {audit.slope:.3g}")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("predicted cost")
+    axes.set_ylabel("measured divergence (nats per token)")
+    correlation = "" if audit.spearman is None else f" (Spearman {audit.spearman:.2f})"
+    axes.set_title(f"Predicted and measured{correlation}", loc="left", fontsize=11)
+    return _plain(figure, axes)
+
+
+def _plain(figure: Figure, axes: Axes) -> bytes:
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
     return png(figure)
 
 

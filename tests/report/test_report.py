@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from aptq.api import LayerReport, Option
+from aptq.api import Allocation, LayerReport, Option
 from aptq.errors import AptqError
 from aptq.plan import Plan
 from aptq.report import write_report
@@ -28,7 +28,15 @@ METRICS: dict[str, Any] = {
     "peak_device_bytes": 2_000_000_000,
     "versions": {"torch": "2.13.0"},
     "samples": [{"prompt": "With <b>", "original": " open", "quantized": " <script>alert(1)</script>"}],
-    "audit": {"spearman": 0.93, "slope": 1.1, "plans": [1, 2]},
+    "audit": {
+        "spearman": 0.93,
+        "size_spearman": None,
+        "slope": 1.1,
+        "plans": [
+            {"kind": kind, "predicted": predicted, "measured": 1.1 * predicted, "storage_bits": 3.8}
+            for kind, predicted in (("chosen", 0.1), ("uniform", 0.2), ("random", 0.3), ("random", 0.4))
+        ],
+    },
 }
 
 
@@ -50,12 +58,25 @@ def reports() -> list[LayerReport]:
     return [*rows, layer("lm_head", 8, float("nan"))]
 
 
+def problem(rows: list[LayerReport]) -> Allocation:
+    """Three widths for each layer; what they cost falls fourfold a bit, and rises with the layer's number."""
+    options = [Option(bits, 64) for bits in (3, 4, 8)]
+    shapes = {row.name: (row.out_features, row.in_features) for row in rows}
+    return Allocation(
+        shapes=shapes,
+        options=options,
+        costs={name: {each: (1 + at) * 4.0**-each.bits for each in options} for at, name in enumerate(shapes)},
+        storage_bits={name: {each: 32 * each.bits + 16 for each in options} for name in shapes},
+    )
+
+
 def make(folder: Path, metrics: dict[str, Any] | None, rows: list[LayerReport]) -> Path:
     with Run.open(RunSettings(dir=str(folder)), {"name": "demo", "model": {"path": "tiny & small"}}) as run:
         if rows:
             run.write_layers_csv(rows)
             options = {row.name: Option(row.bits, row.group_size) for row in rows}
             run.save_plan(Plan(layers=options, format_name="integer", budget={"ratio": 0.5, "code_bits": 3.5}))
+            run.save_sensitivity(problem(rows))
         if metrics is not None:
             run.model_folder.mkdir()
             run.write_metrics(metrics)
@@ -100,7 +121,7 @@ def test_the_page_tells_the_results(tmp_path: Path) -> None:
     for told in (
         "demo / 1", "tiny & small", "103 MB", "2.61 times smaller", "3.50 bits", "3.83 stored", "34.20", "43.21",
         "+26.3%", "not finite", "accuracy", "0.4000", "2 min 06 s", "1.31 GB", "device 2 GB", "code_bits 3.500",
-        "damping raised to 0.1", "0.1000 in 1 layer", "lm_head, 8 bits", "spearman", "torch 2.13.0", "With <b>",
+        "damping raised to 0.1", "0.1000 in 1 layer", "lm_head, 8 bits", "without the chosen one: 0.93", "torch 2.13.0", "With <b>",
     ):  # fmt: skip
         assert told in text
 
@@ -110,7 +131,8 @@ def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path: Path) -> None:
     assert "<script" not in html
     assert "&lt;script&gt;alert(1)" in html
     assert not re.search(r"https?:|url\(|@import", html)
-    assert not [value for name, value in Page(html).attributes if name in ("src", "href")]
+    sources = [value for name, value in Page(html).attributes if name in ("src", "href")]
+    assert all(value.startswith("data:image/png;base64,") for value in sources)
     assert "prefers-color-scheme: dark" in html
     assert "@media print" in html
     assert 'name="viewport"' in html
@@ -118,7 +140,7 @@ def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path: Path) -> None:
 
 def test_the_figures_are_png_files(tmp_path: Path) -> None:
     write_report(make(tmp_path, METRICS, reports()))
-    for name in ("bits.png", "errors.png", "stages.png"):
+    for name in ("audit.png", "bits.png", "errors.png", "stages.png", "trade_off.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
@@ -134,6 +156,8 @@ def test_what_is_missing_is_left_out(tmp_path: Path, rows: list[LayerReport], me
     assert ("Nothing was evaluated" in text) == (metrics is not None)
     assert ("bits per layer" in text) == bool(rows)
     assert (tmp_path / "bits.png").exists() == bool(rows)
+    assert ("What the bits buy" in text) == bool(rows)
+    assert "Audit" not in text
 
 
 def test_a_plan_alone_gives_the_map_of_bits(tmp_path: Path) -> None:
