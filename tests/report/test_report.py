@@ -121,7 +121,8 @@ def test_the_page_tells_the_results(tmp_path: Path) -> None:
     for told in (
         "demo / 1", "tiny & small", "103 MB", "2.61 times smaller", "3.50 bits", "3.83 stored", "34.20", "43.21",
         "+26.3%", "not finite", "accuracy", "0.4000", "2 min 06 s", "1.31 GB", "device 2 GB", "code_bits 3.500",
-        "damping raised to 0.1", "0.1000 in 1 layer", "lm_head, 8 bits", "without the chosen one: 0.93", "torch 2.13.0", "With <b>",
+        "damping raised to 0.1",
+        "0.1000 in 1 layer", "lm_head, 8 bits", "without the chosen one: 0.93", "torch 2.13.0", "With <b>",
     ):  # fmt: skip
         assert told in text
 

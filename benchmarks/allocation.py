@@ -1,0 +1,150 @@
+"""Whose plan is best: metrics and allocators at equal bits, everything else the same.
+
+    python benchmarks/allocation.py --model smollm2 --calibration C4_TRAIN.jsonl \
+        --evaluation c4=C4_VALIDATION.jsonl wikitext2=WIKITEXT2_TEST.txt --budgets 2.5 3 3.5
+
+Each run is a fresh process of the public command line. What is measured for one budget serves the next, so the time of
+measuring is that of a row's first budget. Results are added to the JSON record one by one, and runs that it has are not
+run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from tables import as_rich, markdown_table
+
+from runs import add_options, footer, full_precision, judged_run, keep, open_record
+
+HERE = Path(__file__).resolve().parent
+UNIFORM = "the same bits everywhere"
+_KNAPSACK = ["allocator=knapsack", "allocator.bits=[2,3,4,8]"]
+
+ROWS: dict[str, list[str]] = {
+    UNIFORM: ["allocator=uniform"],
+    "traces, 2 and 4 bits (APTQ)": ["hessian=attention", "metric=trace", "allocator=ratio"],
+    "output (default)": [*_KNAPSACK, "metric=output"],
+    "output, 4 samples": [*_KNAPSACK, "metric=output", "metric.samples=4"],
+    "output, labels of the text (ModelOpt's score)": [*_KNAPSACK, "metric=output", "metric.labels=data"],
+    "gradient, absolute (AutoRound's score)": [*_KNAPSACK, "metric=gradient"],
+    "gradient, squared": [*_KNAPSACK, "metric=gradient", "metric.form=squared", "metric.labels=model"],
+    "error": [*_KNAPSACK, "metric=error"],
+    "trace times error (HAWQ-V2)": [*_KNAPSACK, "metric=trace_error"],
+    "error, attention and mlp": [*_KNAPSACK, "metric=error", "hessian=attention", "hessian.mlp=true"],
+    "error, loss": [*_KNAPSACK, "metric=error", "hessian=loss", "hessian.labels=model"],
+}
+
+console = Console(width=None if Console().is_terminal else 120)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, HERE / "results" / "allocation")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[2.5, 3.0, 3.5])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW", help="default: all")
+    parser.add_argument("--audit", type=int, default=0, help="random plans at each row's first budget")
+    return parser.parse_args(argv)
+
+
+def words(row: str, budget: float) -> list[str] | None:
+    """Return the overrides of a row at a budget; None where it cannot be kept."""
+    if row == UNIFORM:
+        return [*ROWS[row], f"allocator.bits={budget:.0f}"] if budget == round(budget) else None
+    if "allocator=ratio" in ROWS[row]:
+        share = {"allocator.high": 4, "allocator.low": 2, "allocator.ratio": (budget - 2) / 2}
+        return [*ROWS[row], *(f"{key}={value:g}" for key, value in share.items())] if 2 < budget < 4 else None
+    return [*ROWS[row], f"allocator.budget={budget:g}"]
+
+
+def table(record: Mapping[str, Any], budget: float) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows at one budget: means over the seeds, and spread."""
+    results = [each for each in record["results"] if each["budget"] == budget]
+    names = list(results[0]["perplexity"]) if results else []
+    rows = []
+    for row in ROWS:
+        mine = [each for each in results if each["row"] == row]
+        if mine:
+            cells = []
+            for name in names:
+                found = [each["perplexity"][name] for each in mine]
+                spread = f" ({min(found):.2f} to {max(found):.2f})" if len(found) > 1 else ""
+                cells.append(f"{mean(found):.2f}{spread}")
+            audits = [each["audit"]["spearman"] for each in mine if each["audit"]]
+            bits = [f"{mean(each[key] for each in mine):.3f}" for key in ("code_bits", "storage_bits")]
+            rows.append([row, str(len(mine)), *bits, *cells, f"{mean(audits):.2f}" if audits else ""])
+    between = _interpolated(record, budget)
+    if between:
+        rows.append(["uniform, between its neighbours", "", "", "", *(f"{between[name]:.2f}" for name in names), ""])
+    header = ["", "seeds", "code bits", "stored bits", *(f"{name} ppl" for name in names), "Spearman"]
+    return header, rows
+
+
+def _interpolated(record: Mapping[str, Any], budget: float) -> dict[str, float]:
+    """Return uniform perplexities between whole widths, interpolated on their logarithms."""
+    low, high = math.floor(budget), math.ceil(budget)
+    ends = [
+        [each["perplexity"] for each in record["results"] if each["row"] == UNIFORM and each["budget"] == bits]
+        for bits in (low, high)
+    ]
+    if low == high or not all(ends):
+        return {}
+    logs = [{name: mean(math.log(each[name]) for each in end) for name in end[0]} for end in ends]
+    return {name: math.exp(logs[0][name] + (budget - low) * (logs[1][name] - logs[0][name])) for name in logs[0]}
+
+
+def as_markdown(record: Mapping[str, Any]) -> str:
+    """Return the page."""
+    told = ", ".join(f"{name} {value:.2f}" for name, value in full_precision(record).items())
+    parts = [
+        "# Plans at equal bits",
+        f"{record['model']} in float32, layers at 2, 3, 4 or 8 bits, asymmetric integers, group size 64, the default "
+        f"quantizer; {record['samples']} calibration samples of {record['length']} tokens, perplexity on "
+        f"{record['sequences']} sequences of {record['length']} tokens of each text; full precision: {told}. Spearman: "
+        "correlation of what the metric predicts with the measured divergence, over random plans of one size. The "
+        "scores of AutoRound and ModelOpt are taken with our rounding, so that the choice of bits alone is compared.",
+    ]
+    for budget in sorted({each["budget"] for each in record["results"]}):
+        parts += [f"## {budget:g} bits", markdown_table(*table(record, budget))]
+    return "\n\n".join(parts + footer(record, ROWS)) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing from the record, and write the page after every run."""
+    options = parse(argv)
+    record = open_record(options)
+    known = {(each["row"], each["budget"], each["seed"]) for each in record["results"]}
+    command = shlex.join(["python", "benchmarks/allocation.py", *(argv or sys.argv[1:])])
+    for seed in options.seeds:
+        for row in options.rows:
+            with tempfile.TemporaryDirectory() as cache:
+                for number, budget in enumerate(options.budgets):
+                    job = words(row, budget)
+                    if job is None or (row, budget, seed) in known:
+                        continue
+                    if number == 0 and options.audit and row != UNIFORM:
+                        job = [*job, f"audit={options.audit}"]
+                    job = [*job, "format.group_size=64"]
+                    with tempfile.TemporaryDirectory() as work:
+                        found = judged_run(
+                            options, job, seed=seed, baseline=row == UNIFORM, work=Path(work), cache=Path(cache)
+                        )
+                    result = {"row": row, "overrides": ROWS[row], "budget": budget, **found}
+                    record = keep(options, result, command, as_markdown)
+                    figures = ", ".join(f"{name} {value:.2f}" for name, value in result["perplexity"].items())
+                    console.print(f"{budget:g} bits, seed {seed}, {row}: {figures}")
+    for budget in options.budgets:
+        console.print(as_rich(*table(record, budget), title=f"{budget:g} bits"))
+
+
+if __name__ == "__main__":
+    main()
