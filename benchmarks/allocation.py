@@ -79,7 +79,8 @@ def table(record: Mapping[str, Any], budget: float) -> tuple[list[str], list[lis
                 found = [each["perplexity"][name] for each in mine]
                 spread = f" ({min(found):.2f} to {max(found):.2f})" if len(found) > 1 else ""
                 cells.append(f"{mean(found):.2f}{spread}")
-            audits = [each["audit"]["spearman"] for each in mine if each["audit"]]
+            found = [each["audit"]["spearman"] for each in mine if each["audit"]]
+            audits = [each for each in found if each is not None]  # of a trace: it does not tell plans apart
             bits = [f"{mean(each[key] for each in mine):.3f}" for key in ("code_bits", "storage_bits")]
             rows.append([row, str(len(mine)), *bits, *cells, f"{mean(audits):.2f}" if audits else ""])
     between = _interpolated(record, budget)
