@@ -9,9 +9,11 @@ from aptq.api import Allocation, Format, LayerStatistics, LossMetric, Option
 from aptq.audit import audit, candidates, preferred
 from aptq.calibration.divergence import STAGE as AUDIT
 from aptq.calibration.divergence import measure_divergence
+from aptq.calibration.guidance import STAGE as GRADIENTS
 from aptq.calibration.measure import STAGE as MEASURE
 from aptq.calibration.measure import Rounding, measure
 from aptq.calibration.quantize import storage_bits
+from aptq.calibration.roundings import Roundings
 from aptq.calibration.score import score
 from aptq.calibration.statistics import StatisticsCache, code_fingerprint, content_key
 from aptq.plan import Plan
@@ -98,8 +100,7 @@ def average_bits(format: Format, shapes: Mapping[str, tuple[int, int]], plan: Ma
 def _measure(
     experiment: Experiment, walk: Walk, stages: Stages, options: Sequence[Option]
 ) -> dict[str, LayerStatistics]:
-    source = walk.source
-    metric = experiment.metric
+    metric, source = experiment.metric, walk.source
     errors = options if metric.needs_errors else ()
     prefix = experiment.measure_option
     parts = {
@@ -107,19 +108,40 @@ def _measure(
         "rounding": [experiment.config["quantizer"], experiment.config["format"], errors, prefix]
         if errors or prefix
         else None,
-        "loss": [metric.labels, metric.seed, metric.samples] if isinstance(metric, LossMetric) else None,
     }
-    common: dict[str, Any] = {
-        "layers": list(source.layer_shapes()),
-        "rounding": Rounding(quantizer=experiment.quantizer, format=experiment.format, errors=errors, prefix=prefix),
-        "cache": StatisticsCache(experiment.cache_dir / "statistics", content_key(parts)),
-        "callbacks": experiment.callbacks,
-    }
+    folder, callbacks = experiment.cache_dir / "statistics", experiment.callbacks
+    scored = roundings = None
     if isinstance(metric, LossMetric):
-        with stages(MEASURE, 2 * len(source.block_names), "block"):
-            return score(walk, experiment.estimator, metric, **common)
+        loss = [metric.labels, metric.seed, metric.samples]
+        scored = StatisticsCache(folder, content_key({**parts, "loss": loss}))
+        if (found := scored.load_all(source.num_steps)) is not None:
+            return found
+        roundings = Roundings(experiment.cache_dir / "roundings" / content_key(parts), experiment.fabric)
     with stages(MEASURE, source.num_steps, "block"):
-        return measure(walk, experiment.estimator, **common)
+        statistics = measure(
+            walk,
+            experiment.estimator,
+            layers=list(source.layer_shapes()),
+            rounding=Rounding(quantizer=experiment.quantizer, format=experiment.format, errors=errors, prefix=prefix),
+            cache=StatisticsCache(folder, content_key(parts)),
+            callbacks=callbacks,
+            roundings=roundings,
+        )
+    if scored is None or roundings is None or not isinstance(metric, LossMetric):
+        return statistics
+    with stages(GRADIENTS, 2 * len(source.block_names), "block"):
+        score(
+            walk,
+            metric,
+            statistics,
+            format=experiment.format,
+            roundings=roundings,
+            cache=scored,
+            callbacks=callbacks,
+            stage=GRADIENTS,
+        )
+    roundings.remove()
+    return scored.load_all(source.num_steps) or {}
 
 
 def measured(experiment: Experiment, walk: Walk) -> dict[str, Any]:

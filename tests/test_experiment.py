@@ -233,7 +233,10 @@ def test_a_plan_by_the_loss_is_audited_and_on_record(overrides: Callable[..., li
     assert [row["kind"] for row in audit["plans"]] == ["chosen", "uniform", *["random"] * 4]
     assert audit["spearman"] > 0.5
     assert 0.2 < audit["slope"] < 5
-    assert "audit" in metrics["seconds"]
+    assert {"measure", "gradients", "audit"} <= metrics["seconds"].keys()
+    assert not list(Path(run.config["cache_dir"]).rglob("*.safetensors")), "roundings and activations are gone"
+    again = aptq.quantize(overrides(*more[:-2], "allocator.budget=3.6", "evaluator=none", folder="again"))
+    assert not {"measure", "gradients"} & again.metrics()["seconds"].keys(), "another budget measures nothing"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from aptq.api import AptqError, Block, BlockInputs, Callback
 from aptq.calibration.distribute import all_finite
-from aptq.calibration.walk import Step, Walk
+from aptq.calibration.walk import Walk
 from aptq.files import write_tensors
 
 
@@ -44,11 +44,8 @@ class Tap(Protocol):
     def modules(self, block: Block) -> Iterable[str]:
         """Return the full names of a block's modules that matter; raise ``AptqError`` if it cannot be measured so."""
 
-    def wants(self, sample: int) -> bool:
-        """Whether the loss of a calibration sample counts."""
-
-    def begin(self, step: Step) -> None:
-        """Take up a block, before any gradient: its inputs are in the step, its weights are on the device."""
+    def begin(self, block: Block) -> None:
+        """Take up a block, before any gradient: its weights are on the device."""
 
     def add(self, seen: Mapping[str, Seen], samples: Sequence[int]) -> None:
         """Take what passed through the modules that one batch called, by full name."""
@@ -117,8 +114,8 @@ class BackwardPass:
     def _turn(self) -> None:
         """Differentiate the loss by what the last block gives, and by what the head gives if that is quantized."""
         walk, tap = self.walk, self.tap
-        head = walk.head_step()
-        wanted = [] if head is None else list(tap.modules(head.block))
+        head = None if walk.source.head_name is None else walk.source.load_head()
+        wanted = [] if head is None else list(tap.modules(head))
         if head is not None:
             tap.begin(head)
         cotangents = []
@@ -128,14 +125,12 @@ class BackwardPass:
             watched = _Watched(walk.source.model, wanted)
             with torch.enable_grad(), watched:
                 for place, (sample, tokens, logits) in enumerate(walk.finish(number, final)):
-                    if tap.wants(sample):
-                        loss = token_loss(logits, tokens, tap.labels, (tap.seed, sample))
-                        (whole,), seen = watched.differentiate(loss, [final])
-                        gradient[place] = whole[place]
-                        if head is not None:
-                            tap.add(seen, [sample])
-            if self._counts(walk.numbers(number)):
-                cotangents.append(gradient)
+                    loss = token_loss(logits, tokens, tap.labels, (tap.seed, sample))
+                    (whole,), seen = watched.differentiate(loss, [final])
+                    gradient[place] = whole[place]
+                    if head is not None:
+                        tap.add(seen, [sample])
+            cotangents.append(gradient)
         if head is not None:
             tap.finish()
         _write(self._path("cotangents", len(walk.source.block_names)), cotangents)
@@ -143,12 +138,11 @@ class BackwardPass:
     def _run_backwards(self, block: Block) -> None:
         """Take the cotangents of a block's outputs back to its inputs."""
         walk, index = self.walk, block.index
-        step = walk.step(block, _read(self._path("hidden", index), walk.fabric.device))
-        self.tap.begin(step)
+        self.tap.begin(block)
         wanted = {name: name.removeprefix(f"{block.name}.") for name in self.tap.modules(block)}
         following = _read(self._path("cotangents", index + 1), walk.fabric.device)
         cotangents = []
-        batches = [batch for batch in step.inputs if self._counts(batch.samples)]
+        batches = walk.inputs(index, _read(self._path("hidden", index), walk.fabric.device))
         for batch, cotangent in zip(batches, following, strict=True):
             gradient, seen = self._differentiate(batch, block.module, wanted, cotangent)
             if not all_finite(gradient):
@@ -172,9 +166,6 @@ class BackwardPass:
             output = batch.run(module)
         (gradient,), seen = watched.differentiate(output, [batch.hidden], cotangent)
         return gradient, {name: seen[short] for name, short in wanted.items() if short in seen}
-
-    def _counts(self, samples: Sequence[int]) -> bool:
-        return any(map(self.tap.wants, samples))
 
 
 def token_loss(logits: Tensor, tokens: Tensor, labels: str | None, key: tuple[int, int]) -> Tensor:

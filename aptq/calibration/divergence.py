@@ -9,8 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aptq.api import Callback, HessianEstimator, Layer, Option
-from aptq.calibration.distribute import broadcast_tensors
-from aptq.calibration.measure import Rounding, measure_layers
+from aptq.calibration.measure import Rounding, measure_layers, share_packed
 from aptq.calibration.rounding import set_from_packed
 from aptq.calibration.walk import Step, Walk
 
@@ -33,18 +32,17 @@ def measure_divergence(
     Every layer is rounded once at every option that some plan gives it, on what the full-precision model feeds it, as
     in pass 1; the plans then travel through the model side by side, ``num_samples`` of the calibration samples each.
     """
-    few = Walk(walk.source, walk.samples[:num_samples], 1, walk.fabric)
+    few = walk.first_samples(num_samples)
     original = few.first_inputs()
     states = [list(original) for _ in plans]
     head: Step | None = None
-    packed: dict[str, Packed] = {}
+    packed: Mapping[str, Packed] = {}
     for step in walk.steps():
         callbacks.on_advance(stage=STAGE, done=step.block.index, detail=step.block.name)
         packed = _round(step, estimator, rounding, plans, walk)
         if step.last:
             head = step
             break
-        step.run()
         original = _run(few.step(step.block, original))
         for number, plan in enumerate(plans):
             _follow(plan, step.block.layers, packed, rounding)
@@ -67,25 +65,12 @@ def measure_divergence(
 
 def _round(
     step: Step, estimator: HessianEstimator, rounding: Rounding, plans: Sequence[Mapping[str, Option]], walk: Walk
-) -> dict[str, Packed]:
-    """Round a block's layers at all options that occur; return the packed tensors on every rank."""
-    wanted = {name: sorted({plan[name] for plan in plans}) for name in step.block.layers if name in plans[0]}
-    options = sorted({option for found in wanted.values() for option in found})
-    _, observed, mine = measure_layers(step, estimator, walk, wanted, rounding, options)
-    packed: dict[str, Packed] = {}
-    for name, owner in observed.owners.items():
-        if name in wanted:
-            shape = step.block.layers[name].shape
-            packed[name] = {
-                option: broadcast_tensors(
-                    mine[name][option] if name in mine else None,
-                    rounding.format.packed_layout(option, shape),
-                    owner,
-                    walk.fabric,
-                )
-                for option in options
-            }
-    return packed
+) -> Mapping[str, Packed]:
+    """Round a block's layers at all options that occur in it; return the packed tensors on every rank."""
+    wanted = [name for name in step.block.layers if name in plans[0]]
+    options = sorted({plan[name] for plan in plans for name in wanted})
+    _, observed, mine = measure_layers(step, estimator, walk, wanted, rounding, options, need_outputs=True)
+    return share_packed(step.block, wanted, observed, mine, rounding.format, options, walk)
 
 
 def _follow(

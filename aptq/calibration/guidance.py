@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aptq.api import AptqError, Block, Callback, GuidedEstimator
 from aptq.calibration.backward import BackwardPass, Seen
-from aptq.calibration.walk import Step, Walk
+from aptq.calibration.walk import Walk
 from aptq.files import write_tensors
 
 STAGE = "gradients"
@@ -70,12 +70,8 @@ class _Squares:
     def modules(self, block: Block) -> Sequence[str]:
         return list(self.estimator.guides(block))
 
-    def wants(self, sample: int) -> bool:
-        del sample
-        return True
-
-    def begin(self, step: Step) -> None:
-        self._index, self._wanted, self._found = step.block.index, dict(self.estimator.guides(step.block)), {}
+    def begin(self, block: Block) -> None:
+        self._index, self._wanted, self._found = block.index, dict(self.estimator.guides(block)), {}
 
     def add(self, seen: Mapping[str, Seen], samples: Sequence[int]) -> None:
         for name, groups in self._wanted.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,8 +20,10 @@ from aptq.api import (
     Option,
     Quantizer,
 )
+from aptq.calibration.distribute import broadcast_tensors
 from aptq.calibration.observe import Observed, observe
 from aptq.calibration.rounding import Preparations, share_layer
+from aptq.calibration.roundings import Roundings
 from aptq.calibration.statistics import StatisticsCache
 from aptq.calibration.walk import Step, Walk
 
@@ -51,14 +53,16 @@ def measure(
     rounding: Rounding,
     cache: StatisticsCache,
     callbacks: Callback,
+    roundings: Roundings | None = None,
 ) -> dict[str, LayerStatistics]:
     """Return the statistics of ``layers`` by name, in the order of the model.
 
     Blocks whose statistics are cached are run but not measured again (with a ``prefix`` they are observed, to be
-    rounded), and when all are, the model is not walked at all.
+    rounded), and when all are, the model is not walked at all. With ``roundings`` every layer's packed tensors at
+    ``rounding.errors`` are left there, and blocks of which it has none are measured again.
     """
     num_blocks = walk.source.num_steps
-    cached = [cache.load(index) for index in range(num_blocks)]
+    cached = [cache.load(index) if roundings is None or roundings.has(index) else None for index in range(num_blocks)]
     if all(rows is not None for rows in cached):
         return {entry.name: entry for rows in cached if rows is not None for entry in rows}
     wanted = set(layers)
@@ -70,7 +74,7 @@ def measure(
         if index + 1 == num_blocks:  # it feeds no other block
             rounding = replace(rounding, prefix=None)
         if rows is None:
-            rows = _measure_block(step, estimator, walk, wanted, rounding)
+            rows = _measure_block(step, estimator, walk, wanted, rounding, roundings)
             if walk.fabric.global_rank == 0:
                 cache.save(index, rows)
         elif rounding.prefix is not None:
@@ -83,18 +87,27 @@ def measure(
 
 
 def _measure_block(
-    step: Step, estimator: HessianEstimator, walk: Walk, wanted: Collection[str], rounding: Rounding
+    step: Step,
+    estimator: HessianEstimator,
+    walk: Walk,
+    wanted: Collection[str],
+    rounding: Rounding,
+    roundings: Roundings | None = None,
 ) -> list[LayerStatistics]:
     """Measure a block's layers on their owner ranks; leave the block, and its outputs, rounded if there is a prefix."""
-    keep = () if rounding.prefix is None else (rounding.prefix,)
-    rows, observed, packed = measure_layers(step, estimator, walk, wanted, rounding, keep)
+    keep = {*(rounding.errors if roundings else ()), *(() if rounding.prefix is None else (rounding.prefix,))}
+    need_outputs = rounding.prefix is None
+    rows, observed, packed = measure_layers(step, estimator, walk, wanted, rounding, keep, need_outputs=need_outputs)
+    if roundings is not None:
+        shared = share_packed(step.block, wanted, observed, packed, rounding.format, rounding.errors, walk)
+        roundings.save(step.block, shared)
     if rounding.prefix is not None:
         for name, owner in observed.owners.items():
             if name in wanted:
-                tensors = packed.pop(name, {}).get(rounding.prefix)
+                tensors = packed.get(name, {}).get(rounding.prefix)
                 share_layer(step.block.layers[name], tensors, owner, rounding.format, rounding.prefix, walk.fabric)
         step.run()
-    return gather(rows, step.block, walk.fabric.world_size)
+    return _gather(rows, step.block, walk.fabric.world_size)
 
 
 def measure_layers(
@@ -104,6 +117,8 @@ def measure_layers(
     wanted: Collection[str],
     rounding: Rounding,
     keep: Collection[Option],
+    *,
+    need_outputs: bool,
 ) -> tuple[list[LayerStatistics], Observed, dict[str, dict[Option, dict[str, Tensor]]]]:
     """Observe a block and round the layers that this rank owns.
 
@@ -111,7 +126,7 @@ def measure_layers(
         their statistics; the layers' owners and curvatures; and the packed tensors of each, for the options to
         ``keep``, which are rounded even if no error is asked for.
     """
-    observed = observe(step, estimator, walk, need_outputs=not keep)
+    observed = observe(step, estimator, walk, need_outputs=need_outputs)
     prepared = Preparations(rounding.quantizer)
     rows: list[LayerStatistics] = []
     packed: dict[str, dict[Option, dict[str, Tensor]]] = {}
@@ -152,7 +167,33 @@ def _measure_layer(
     return row, packed
 
 
-def gather(rows: list[LayerStatistics], block: Block, world_size: int) -> list[LayerStatistics]:
+def share_packed(
+    block: Block,
+    wanted: Collection[str],
+    observed: Observed,
+    packed: Mapping[str, Mapping[Option, Mapping[str, Tensor]]],
+    format: Format,
+    options: Collection[Option],
+    walk: Walk,
+) -> dict[str, dict[Option, dict[str, Tensor]]]:
+    """Return what ``measure_layers`` packed on each rank, at some options, on all of them."""
+    shared: dict[str, dict[Option, dict[str, Tensor]]] = {}
+    for name, owner in observed.owners.items():
+        if name in wanted:
+            shape = block.layers[name].shape
+            shared[name] = {
+                option: broadcast_tensors(
+                    packed[name][option] if name in packed else None,
+                    format.packed_layout(option, shape),
+                    owner,
+                    walk.fabric,
+                )
+                for option in options
+            }
+    return shared
+
+
+def _gather(rows: list[LayerStatistics], block: Block, world_size: int) -> list[LayerStatistics]:
     """Collect the rows of all ranks, in the order of the block's layers."""
     gathered = [rows]
     if world_size > 1:

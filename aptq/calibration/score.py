@@ -1,66 +1,66 @@
-"""Pass 1 on the way back: what every layer is like, and what the model's loss makes of rounding it."""
+"""What the model's loss makes of rounding each layer, on the way back through the model."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aptq.api import Block, Callback, HessianEstimator, LayerStatistics, LossChange, LossMetric, Option
+from aptq.api import Block, Callback, Format, LayerStatistics, LossChange, LossMetric, Option
 from aptq.calibration.backward import BackwardPass, Seen
-from aptq.calibration.distribute import broadcast_tensors
-from aptq.calibration.measure import Rounding, gather, measure_layers
+from aptq.calibration.roundings import Roundings
 from aptq.calibration.statistics import StatisticsCache
-from aptq.calibration.walk import Step, Walk
-
-STAGE = "measure"
+from aptq.calibration.walk import Walk
 
 
 def score(
     walk: Walk,
-    estimator: HessianEstimator,
     metric: LossMetric,
+    statistics: Mapping[str, LayerStatistics],
     *,
-    layers: Sequence[str],
-    rounding: Rounding,
+    format: Format,
+    roundings: Roundings,
     cache: StatisticsCache,
     callbacks: Callback,
-) -> dict[str, LayerStatistics]:
-    """Return the statistics of ``layers`` by name with their ``loss_changes``, in the order of the model.
+    stage: str,
+) -> None:
+    """Fill in the ``loss_changes`` of statistics, block by block, and leave the result in ``cache``.
 
-    Every layer is rounded at each of ``rounding.errors`` on what the full-precision model feeds it. Blocks whose
-    statistics are cached are not measured again, and when all are, the model is not walked at all.
+    The full-precision model runs forwards and backwards over the metric's samples, one at a time. Interrupted, it goes
+    on at the block that the way back had come to.
+
+    Args:
+        walk: over all calibration samples.
+        statistics: of every layer, as ``measure`` gave them.
+        format: of the ``roundings`` that ``measure`` left, which are not needed any more afterwards.
     """
-    num_blocks = walk.source.num_steps
-    walk = walk.one_by_one()  # gradients by the weights are taken sample by sample
-    tap = _Scores(walk, estimator, metric, frozenset(layers), rounding, cache)
-    passing = BackwardPass(walk=walk, tap=tap, folder=cache.folder / cache.key, callbacks=callbacks, stage=STAGE)
+    few = walk.first_samples(metric.samples)
+    tap = _Scores(few, metric, statistics, format, roundings, cache)
+    folder: Path = cache.folder / cache.key
+    passing = BackwardPass(walk=few, tap=tap, folder=folder, callbacks=callbacks, stage=stage)
     reached = passing.reached()
-    if reached is not None and any(cache.load(index) is None for index in range(reached, num_blocks)):
-        passing.forget()
-    if reached is not None or any(cache.load(index) is None for index in range(num_blocks)):
-        passing.run()
+    if reached is not None and any(cache.load(index) is None for index in range(reached, walk.source.num_steps)):
+        passing.forget()  # of another life of the cache
+    passing.run()
     walk.fabric.barrier()  # the first rank writes
-    rows = [cache.load(index) or [] for index in range(num_blocks)]
-    return {entry.name: entry for found in rows for entry in found}
 
 
 @dataclass
 class _Scores:
-    """Rounds a block's layers and adds up what the loss makes of it."""
+    """Adds up what the loss makes of a block's layers."""
 
     walk: Walk
-    estimator: HessianEstimator
     metric: LossMetric
-    wanted: Collection[str]
-    rounding: Rounding
+    statistics: Mapping[str, LayerStatistics]
+    format: Format
+    roundings: Roundings
     cache: StatisticsCache
     _block: Block | None = None
-    _rows: list[LayerStatistics] = field(default_factory=list)
-    _packed: dict[str, dict[Option, dict[str, Tensor]]] = field(default_factory=dict)
+    _packed: Mapping[str, Mapping[Option, Mapping[str, Tensor]]] = field(default_factory=dict)
     _sums: dict[str, Tensor] = field(default_factory=dict)  # layer -> [options, 3], float64
 
     @property
@@ -72,52 +72,42 @@ class _Scores:
         return self.metric.seed
 
     def modules(self, block: Block) -> Iterable[str]:
-        return [name for name in block.layers if name in self.wanted]
+        return [name for name in block.layers if name in self.statistics]
 
-    def wants(self, sample: int) -> bool:
-        return sample < self.metric.samples
-
-    def begin(self, step: Step) -> None:
-        options, walk, format = self.rounding.errors, self.walk, self.rounding.format
-        rows, observed, packed = measure_layers(step, self.estimator, walk, self.wanted, self.rounding, options)
-        self._block, self._rows = step.block, gather(rows, step.block, walk.fabric.world_size)
-        self._packed = {name: {} for name in self.modules(step.block)}
-        for name, owner in observed.owners.items():
-            if name in self._packed:
-                for option in options:
-                    layout = format.packed_layout(option, step.block.layers[name].shape)
-                    mine = packed[name].pop(option) if name in packed else None
-                    self._packed[name][option] = broadcast_tensors(mine, layout, owner, walk.fabric)
-        zeros = torch.zeros(len(options), 3, dtype=torch.float64, device=walk.fabric.device)
-        self._sums = {name: zeros.clone() for name in self._packed}
+    def begin(self, block: Block) -> None:
+        self._block, self._packed = block, self.roundings.load(block)
+        device = self.walk.fabric.device
+        self._sums = {
+            name: torch.zeros(len(options), 3, dtype=torch.float64, device=device)
+            for name, options in self._packed.items()
+        }
 
     def add(self, seen: Mapping[str, Seen], samples: Sequence[int]) -> None:
         del samples
         for name, passed in seen.items():
-            differences = (self._difference(name, option) for option in self.rounding.errors)
+            differences = (self._difference(name, option) for option in self._packed[name])
             self._sums[name] += loss_changes(passed.inputs, passed.gradient, differences)
 
     def _difference(self, name: str, option: Option) -> Tensor:
         assert self._block is not None
-        layer, format = self._block.layers[name], self.rounding.format
-        quantized = format.unpack(self._packed[name][option], option, layer.shape)
-        return layer.weight().float() - format.dequantize(quantized, option)
+        layer = self._block.layers[name]
+        quantized = self.format.unpack(self._packed[name][option], option, layer.shape)
+        return layer.weight().float() - self.format.dequantize(quantized, option)
 
     def finish(self) -> None:
         assert self._block is not None
-        length = self.walk.samples.shape[1]
-        tokens = min(self.metric.samples, len(self.walk.samples)) * length
         if self.walk.fabric.world_size > 1:
-            for total in self._sums.values():
-                dist.all_reduce(total)
+            for name in sorted(self._sums):
+                dist.all_reduce(self._sums[name])
+        tokens = self.walk.samples.numel()
         rows = []
-        for row in self._rows:
-            figures = (self._sums[row.name] / tokens).tolist()
+        for name in self.modules(self._block):
+            figures = (self._sums[name] / tokens).tolist()
             changes = {
-                option: LossChange(channels=channels, tokens=tokens, absolute=absolute)
-                for option, (channels, tokens, absolute) in zip(self.rounding.errors, figures, strict=True)
+                option: LossChange(channels=channels, tokens=whole, absolute=absolute)
+                for option, (channels, whole, absolute) in zip(self._packed[name], figures, strict=True)
             }
-            rows.append(replace(row, loss_changes=changes))
+            rows.append(replace(self.statistics[name], loss_changes=changes))
         if self.walk.fabric.global_rank == 0:
             self.cache.save(self._block.index, rows)
         self._block, self._packed = None, {}

@@ -28,6 +28,13 @@ class StatisticsCache:
         except (FileNotFoundError, json.JSONDecodeError, KeyError):
             return None
 
+    def load_all(self, num_blocks: int) -> dict[str, LayerStatistics] | None:
+        """Return the statistics of all blocks by name, or None where some are not known."""
+        cached = [self.load(index) for index in range(num_blocks)]
+        if any(rows is None for rows in cached):
+            return None
+        return {entry.name: entry for rows in cached if rows is not None for entry in rows}
+
     def save(self, index: int, statistics: list[LayerStatistics]) -> None:
         """Keep a block's statistics; the file appears whole or not at all."""
         self._path(index).parent.mkdir(parents=True, exist_ok=True)

@@ -87,11 +87,9 @@ class Walk:
         """Return a walk of its own with the first ``tokens`` of the first sample."""
         return Walk(self.source, self.samples[:1, :tokens], 1, self.fabric)
 
-    def one_by_one(self) -> Walk:
-        """Return a walk of its own with the same samples, one in a batch."""
-        walk = Walk(self.source, self.samples, 1, self.fabric)
-        walk.guidance = self.guidance
-        return walk
+    def first_samples(self, count: int) -> Walk:
+        """Return a walk of its own with the first samples, one in a batch."""
+        return Walk(self.source, self.samples[:count], 1, self.fabric)
 
     def steps(self, *, full_precision: bool = False) -> Iterator[Step]:
         """Yield each block in turn, then the head if it is to be quantized; take and raise what ``blocks`` does."""
@@ -111,10 +109,6 @@ class Walk:
     def step(self, block: Block, hidden: Sequence[Tensor]) -> Step:
         """Return the step of a block that is fed hidden states from elsewhere, batch by batch."""
         return self._step(self._guided(block), self.inputs(block.index, hidden), None)
-
-    def numbers(self, batch: int) -> Sequence[int]:
-        """Return which of all samples are in one of this rank's batches."""
-        return self._numbers[batch]
 
     def blocks(self, *, full_precision: bool = False) -> Iterator[Step]:
         """Yield each block in turn; raise ``AptqError`` where activations stop being finite.
