@@ -37,7 +37,7 @@ def make_plan(
     problem = _problem(experiment, walk, stages, options)
     with stages("allocate"):
         layers: Mapping[str, Option] = experiment.allocator.allocate(problem)
-    figures = None
+    figures, replaced = None, False
     if experiment.audit:
         audited = candidates(problem, layers, experiment.audit, experiment.data.seed)
         with stages(AUDIT, walk.source.num_steps, "block"):
@@ -50,12 +50,16 @@ def make_plan(
                 callbacks=experiment.callbacks,
             )
         figures = audit(problem, audited, measured)
-        layers = preferred(audited, measured).plan
+        taken = preferred(audited, measured)
+        layers, replaced = taken.plan, taken.kind != "chosen"
     costs = {name: problem.costs[name][option] for name, option in layers.items()} if problem.costs else {}
     plan = Plan(
         layers=layers,
         format_name=experiment.format_name,
-        budget=budget(experiment, problem.shapes, layers),
+        budget={
+            **budget(experiment, problem.shapes, layers),
+            **({"audit": "the same bits everywhere were measured to be better"} if replaced else {}),
+        },
         predicted_cost=sum(costs.values()) if costs else None,
         layer_costs=costs,
     )
@@ -68,7 +72,7 @@ def _problem(experiment: Experiment, walk: Walk, stages: Stages, options: Sequen
     shapes = source.layer_shapes()
     costs: dict[str, dict[Option, float]] = {}
     if experiment.allocator.needs_costs:
-        statistics = _measure(experiment, walk, stages, options)
+        statistics = _statistics(experiment, walk, stages, options)
         costs = {
             name: {option: experiment.metric.cost(statistics[name], option) for option in options} for name in shapes
         }
@@ -97,51 +101,59 @@ def average_bits(format: Format, shapes: Mapping[str, tuple[int, int]], plan: Ma
     return {"code": code / sum(weights.values()), "storage": storage / sum(weights.values())}
 
 
-def _measure(
+def _statistics(
     experiment: Experiment, walk: Walk, stages: Stages, options: Sequence[Option]
-) -> dict[str, LayerStatistics]:
-    metric, source = experiment.metric, walk.source
+) -> Mapping[str, LayerStatistics]:
+    """Return what the metric goes by, from the cache where it is known."""
+    metric, prefix = experiment.metric, experiment.measure_option
     errors = options if metric.needs_errors else ()
-    prefix = experiment.measure_option
-    parts = {
-        **measured(experiment, walk),
-        "rounding": [experiment.config["quantizer"], experiment.config["format"], errors, prefix]
-        if errors or prefix
-        else None,
-    }
-    folder, callbacks = experiment.cache_dir / "statistics", experiment.callbacks
-    scored = roundings = None
-    if isinstance(metric, LossMetric):
-        loss = [metric.labels, metric.seed, metric.samples]
-        scored = StatisticsCache(folder, content_key({**parts, "loss": loss}))
-        if (found := scored.load_all(source.num_steps)) is not None:
-            return found
+    rounded = [experiment.config["quantizer"], experiment.config["format"], errors, prefix]
+    parts = {**measured(experiment, walk), "rounding": rounded if errors or prefix else None}
+    rounding = Rounding(quantizer=experiment.quantizer, format=experiment.format, errors=errors, prefix=prefix)
+    if not isinstance(metric, LossMetric):
+        return _measure(experiment, walk, stages, rounding, content_key(parts))
+    loss = [metric.labels, metric.seed, metric.samples]
+    cache = StatisticsCache(experiment.cache_dir / "statistics", content_key({**parts, "loss": loss}))
+    found = cache.load_all(walk.source.num_steps)
+    if found is None:
         roundings = Roundings(experiment.cache_dir / "roundings" / content_key(parts), experiment.fabric)
-    with stages(MEASURE, source.num_steps, "block"):
-        statistics = measure(
+        statistics = _measure(experiment, walk, stages, rounding, content_key(parts), roundings)
+        with stages(GRADIENTS, 2 * len(walk.source.block_names), "block"):
+            score(
+                walk,
+                metric,
+                statistics,
+                format=experiment.format,
+                roundings=roundings,
+                cache=cache,
+                callbacks=experiment.callbacks,
+                stage=GRADIENTS,
+            )
+        roundings.remove()
+        found = cache.load_all(walk.source.num_steps)
+    if found is None:
+        raise RuntimeError(f"{cache.folder / cache.key} was emptied while it was being filled")
+    return found
+
+
+def _measure(
+    experiment: Experiment,
+    walk: Walk,
+    stages: Stages,
+    rounding: Rounding,
+    key: str,
+    roundings: Roundings | None = None,
+) -> dict[str, LayerStatistics]:
+    with stages(MEASURE, walk.source.num_steps, "block"):
+        return measure(
             walk,
             experiment.estimator,
-            layers=list(source.layer_shapes()),
-            rounding=Rounding(quantizer=experiment.quantizer, format=experiment.format, errors=errors, prefix=prefix),
-            cache=StatisticsCache(folder, content_key(parts)),
-            callbacks=callbacks,
+            layers=list(walk.source.layer_shapes()),
+            rounding=rounding,
+            cache=StatisticsCache(experiment.cache_dir / "statistics", key),
+            callbacks=experiment.callbacks,
             roundings=roundings,
         )
-    if scored is None or roundings is None or not isinstance(metric, LossMetric):
-        return statistics
-    with stages(GRADIENTS, 2 * len(source.block_names), "block"):
-        score(
-            walk,
-            metric,
-            statistics,
-            format=experiment.format,
-            roundings=roundings,
-            cache=scored,
-            callbacks=callbacks,
-            stage=GRADIENTS,
-        )
-    roundings.remove()
-    return scored.load_all(source.num_steps) or {}
 
 
 def measured(experiment: Experiment, walk: Walk) -> dict[str, Any]:

@@ -46,12 +46,13 @@ def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
         raise AptqError(f"prefix={experiment.prefix!r} is not known; use one of {', '.join(PREFIXES)}.")
     if needs_drift(experiment.quantizer):
         _check_drift(experiment)
-    if isinstance(experiment.metric, LossMetric) and experiment.measure_bits is not None:
+    predicts = experiment.plan_path is None and experiment.allocator.needs_costs
+    if predicts and isinstance(experiment.metric, LossMetric) and experiment.measure_bits is not None:
         raise AptqError(
             f"measure_bits={experiment.measure_bits}: metric={experiment.config['metric']['name']} needs the gradients "
             "of the full-precision model, and its blocks as they are; leave measure_bits out, or use another metric."
         )
-    _check_audit(experiment)
+    _check_audit(experiment, predicts)
     given = None
     if experiment.plan_path is None:
         bits = experiment.allocator.bit_options()
@@ -68,11 +69,10 @@ def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
     return options, given
 
 
-def _check_audit(experiment: Experiment) -> None:
+def _check_audit(experiment: Experiment, predicts: bool) -> None:
     """Raise ``AptqError`` where there is nothing to audit."""
     if experiment.audit < 0 or experiment.audit == 1:
         raise AptqError(f"audit={experiment.audit} is not allowed; it is a number of plans from 2 up, or 0 for none.")
-    predicts = experiment.plan_path is None and experiment.allocator.needs_costs
     if experiment.audit and not predicts:
         origin = "a given plan" if experiment.plan_path else f"allocator={experiment.config['allocator']['name']}"
         raise AptqError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,6 +31,8 @@ def print_summary(run: Run, report: Path) -> None:
     bits = metrics["bits"]
     table.add_row("bits per quantized weight", "", f"{bits['code']:.2f}", f"{bits['storage']:.2f} with scales")
     console.print(table)
+    for line in _plan_lines(run, metrics.get("audit")):
+        console.print(line, highlight=False)
     for sample in metrics.get("samples", []):
         console.print(f"\n[dim]{escape(sample['prompt'])}[/]")
         if sample["original"] is not None:
@@ -39,6 +43,19 @@ def print_summary(run: Run, report: Path) -> None:
     console.print(f"\nTook {stages}; peak memory {metrics['peak_rss_bytes'] / 1e9:.1f} GB.", highlight=False)
     for what, path in (("Run folder", run.folder), ("Model", run.model_folder), ("Report", report)):
         console.print(f"{what:<11}[bold]{escape(str(path))}[/]", soft_wrap=True, highlight=False)
+
+
+def _plan_lines(run: Run, audit: Mapping[str, Any] | None) -> list[str]:
+    """Say how many layers have which bits, and how far what they were chosen by can be trusted."""
+    plan = run.plan()
+    lines = []
+    if plan is not None and len(set(plan.layers.values())) > 1:
+        counts = sorted(Counter(option.bits for option in plan.layers.values()).items())
+        lines.append("Plan: " + ", ".join(f"{bits} bits in {count}" for bits, count in counts) + " layers.")
+    if audit is not None and audit["spearman"] is not None:
+        slope = "" if audit["slope"] is None else f"; measured divergence is {audit['slope']:.2f} times the predicted"
+        lines.append(f"Audit: predictions rank plans with a correlation of {audit['spearman']:.2f}{slope}.")
+    return lines
 
 
 def print_perplexity(measures: Mapping[str, Mapping[str, float]], model: str) -> None:

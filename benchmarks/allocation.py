@@ -33,7 +33,7 @@ ROWS: dict[str, list[str]] = {
     UNIFORM: ["allocator=uniform"],
     "traces, 2 and 4 bits (APTQ)": ["hessian=attention", "metric=trace", "allocator=ratio"],
     "output (default)": [*_KNAPSACK, "metric=output"],
-    "output, 4 samples": [*_KNAPSACK, "metric=output", "metric.samples=4"],
+    "output, 8 samples": [*_KNAPSACK, "metric=output", "metric.samples=8"],
     "output, labels of the text (ModelOpt's score)": [*_KNAPSACK, "metric=output", "metric.labels=data"],
     "gradient, absolute (AutoRound's score)": [*_KNAPSACK, "metric=gradient"],
     "gradient, squared": [*_KNAPSACK, "metric=gradient", "metric.form=squared", "metric.labels=model"],

@@ -40,6 +40,8 @@ def overrides(tiny_model_folder: Folder, tmp_path: Path) -> Callable[..., list[s
             "format.group_size=32",
             "fabric=cpu",
             "callback=none",
+            "metric=error",  # quicker than the default
+            "allocator=ratio",
             "samples=1",
             f"cache_dir={tmp_path / 'cache'}",
             f"run.dir={tmp_path / folder}",
@@ -60,7 +62,7 @@ def _same(a: Path, b: Path) -> bool:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_the_main_job(family: str, overrides: Callable[..., list[str]]) -> None:
-    run = aptq.quantize(overrides(family=family))
+    run = aptq.quantize(overrides("metric=output", "allocator=knapsack", family=family))
     names = {path.name for path in run.folder.iterdir()}
     assert {"config.yaml", "plan.json", "metrics.json", "layers.csv", "model"} <= names
     assert "blocks" not in names
@@ -71,7 +73,7 @@ def test_the_main_job(family: str, overrides: Callable[..., list[str]]) -> None:
     assert metrics["bytes"]["model"] < 0.5 * metrics["bytes"]["original"]
     assert metrics["peak_device_bytes"] is None
     plan = json.loads((run.folder / "plan.json").read_text())
-    assert {entry["bits"] for entry in plan["layers"].values()} == {3, 4}
+    assert {3, 4} <= {entry["bits"] for entry in plan["layers"].values()} <= {2, 3, 4, 8}
     assert plan["budget"]["code_bits"] == pytest.approx(metrics["bits"]["code"])
     reports = {report.name: report for report in run.layers()}
     assert reports.keys() == plan["layers"].keys()

@@ -25,7 +25,7 @@ class Gradient:
     """
 
     form: str = "absolute"
-    samples: int = 8
+    samples: int = 4
     labels: str = "data"
     seed: int = 0
 
