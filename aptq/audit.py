@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from aptq.names import place
 
 _log = logging.getLogger(__name__)
 
+CHOSEN, UNIFORM, RANDOM = "chosen", "uniform", "random"
+"""Why a plan is audited."""
+
 _SPREAD = 1.5
 """Standard deviation of random log sensitivities: about one bit more or less, for each of three influences."""
 
@@ -25,7 +29,7 @@ _SPREAD = 1.5
 class Candidate:
     """A plan that is audited, and why."""
 
-    kind: str  # "chosen", "uniform" or "random"
+    kind: str  # CHOSEN, UNIFORM or RANDOM
     plan: Mapping[str, Option]
 
 
@@ -36,13 +40,13 @@ def candidates(problem: Allocation, chosen: Mapping[str, Option], count: int, se
     layer by itself: plans as different as those that metrics make of different models.
     """
     size = _stored(problem, chosen)
-    found = [Candidate(kind="chosen", plan=chosen)]
+    found = [Candidate(kind=CHOSEN, plan=chosen)]
     uniform = [dict.fromkeys(problem.shapes, option) for option in problem.options]
     fitting = [plan for plan in uniform if _stored(problem, plan) <= size and plan != dict(chosen)]
     if fitting:
-        found.append(Candidate(kind="uniform", plan=max(fitting, key=lambda plan: _stored(problem, plan))))
+        found.append(Candidate(kind=UNIFORM, plan=max(fitting, key=lambda plan: _stored(problem, plan))))
     rng = np.random.default_rng(seed)
-    found += [Candidate(kind="random", plan=_random_plan(problem, size, rng)) for _ in range(count)]
+    found += [Candidate(kind=RANDOM, plan=_random_plan(problem, size, rng)) for _ in range(count)]
     return found
 
 
@@ -86,7 +90,7 @@ def audit(problem: Allocation, audited: Sequence[Candidate], measured: Sequence[
         }
         for each, figure in zip(audited, measured, strict=True)
     ]
-    others = [row for row in rows if row["kind"] != "chosen"]
+    others = [row for row in rows if row["kind"] != CHOSEN]
     predicted, found = ([float(row[key]) for row in others] for key in ("predicted", "measured"))
     spearman = _correlation(predicted, found)
     by_size = _correlation([-float(row["storage_bits"]) for row in others], found)
@@ -111,13 +115,13 @@ def _correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
 
 def preferred(audited: Sequence[Candidate], measured: Sequence[float]) -> Candidate:
     """Return the chosen plan, or the uniform one where that was measured to be better; say so."""
-    figures = {each.kind: figure for each, figure in zip(audited, measured, strict=True) if each.kind != "random"}
-    best = "uniform" if figures.get("uniform", float("inf")) < figures["chosen"] else "chosen"
-    if best == "uniform":
+    figures = {each.kind: figure for each, figure in zip(audited, measured, strict=True) if each.kind != RANDOM}
+    best = min((CHOSEN, UNIFORM), key=lambda kind: figures.get(kind, math.inf))
+    if best != CHOSEN:
         _log.warning(
             "The plan is measured to be worse than the same bits everywhere (%.4f against %.4f nats per token), which "
             "are taken instead.",
-            figures["chosen"],
-            figures["uniform"],
+            figures[CHOSEN],
+            figures[UNIFORM],
         )
     return next(each for each in audited if each.kind == best)

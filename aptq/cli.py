@@ -132,7 +132,20 @@ def _quantize(config: DictConfig) -> bool:
     if first:
         page = write_report(run.folder)
         print_summary(run, page)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            _compare_sweep(run.folder.parent)
     return first
+
+
+def _compare_sweep(folder: Path) -> None:
+    """Write the comparison of a sweep's runs, anew after each: the last one to finish has them all."""
+    from aptq.comparison import write_comparison
+    from aptq.run_folder import finished_runs
+
+    runs = finished_runs(folder)
+    if len(runs) > 1:
+        page = write_comparison(runs, folder)
+        Console().print(f"Compared   [bold]{_escaped(str(page))}[/]", soft_wrap=True, highlight=False)
 
 
 def _paper(config: DictConfig) -> None:
@@ -166,9 +179,12 @@ def _export(config: DictConfig) -> None:
 
 
 def _report(config: DictConfig) -> None:
+    from aptq.comparison import write_comparison
     from aptq.report import write_report
 
-    page = write_report(Path(config.run))
+    runs = config.run.split(",") if isinstance(config.run, str) else [str(each) for each in config.run]
+    folders = [Path(each.strip()) for each in runs]
+    page = write_report(folders[0]) if len(folders) == 1 else write_comparison(folders, Path(config.output))
     Console().print(f"Wrote [bold]{_escaped(str(page))}[/]")
 
 

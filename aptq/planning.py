@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aptq.api import Allocation, Format, LayerStatistics, LossMetric, Option
-from aptq.audit import audit, candidates, preferred
+from aptq.audit import CHOSEN, audit, candidates, preferred
 from aptq.calibration.divergence import STAGE as AUDIT
 from aptq.calibration.divergence import measure_divergence
 from aptq.calibration.guidance import STAGE as GRADIENTS
@@ -51,7 +51,7 @@ def make_plan(
             )
         figures = audit(problem, audited, measured)
         taken = preferred(audited, measured)
-        layers, replaced = taken.plan, taken.kind != "chosen"
+        layers, replaced = taken.plan, taken.kind != CHOSEN
     costs = {name: problem.costs[name][option] for name, option in layers.items()} if problem.costs else {}
     plan = Plan(
         layers=layers,

@@ -26,8 +26,9 @@ METRICS = "metrics.json"
 _HEADER = "# Written by aptq: the resolved config of this run.\n"
 _LOCK = ".lock"
 _BEFORE_US = {_LOCK, ".hydra", "log.txt"}  # Hydra sets these up before a run begins; they are kept open
-_OURS = (BLOCKS, MODEL, METRICS, "plan.json", "layers.csv", "report.html", "benchmark.json", "csv", "wandb", CONFIG)
-_FIGURES = ("bits.png", "errors.png", "stages.png")
+_TABLES = ("plan.json", "sensitivity.csv", "audit.json", "layers.csv")
+_OURS = (BLOCKS, MODEL, METRICS, *_TABLES, "report.html", "benchmark.json", "csv", "wandb", CONFIG)
+_FIGURES = ("audit.png", "bits.png", "errors.png", "stages.png", "trade_off.png")
 # Keys that cannot change a result, and keys that change only what comes after the blocks.
 _IGNORED = (
     *("name", "run", "overwrite", "cache_dir", "logger", "callback", "hydra"),
@@ -164,3 +165,10 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 def _within(key: str, sections: tuple[str, ...]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def finished_runs(folder: Path) -> list[Path]:
+    """Return the finished runs in a folder, by name."""
+    return sorted(
+        path for path in folder.iterdir() if path.is_dir() and (path / CONFIG).is_file() and is_finished(path)
+    )

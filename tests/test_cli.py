@@ -69,6 +69,14 @@ def test_a_sweep_leaves_one_run_each_and_prints_tables(
     for run in runs:
         assert {"model", "report.html", "metrics.json", "log.txt", "csv"} <= {path.name for path in run.iterdir()}
     assert done.stdout.count("perplexity on text") == 2
+    page = tmp_path / "runs" / "sweep" / "comparison.html"
+    before = page.read_text()
+    assert "2 runs side by side" in before
+    assert "allocator.bits" in before
+    page.unlink()
+    again = aptq("-cn", "report", f"run=[{runs[0]},{runs[1]}]", f"output={page.parent}")
+    assert again.returncode == 0, again.stderr
+    assert page.read_text() == before
 
 
 def test_the_papers_tables_are_one_command_that_goes_on_where_it_stopped(

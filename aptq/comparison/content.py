@@ -1,0 +1,97 @@
+"""What runs have in common and what not, gathered from their folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from aptq.run import Run
+from aptq.run_folder import differences
+
+_BUDGETS = ("allocator.budget", "allocator.bits", "allocator.ratio")
+"""What a curve runs along; runs that differ in nothing else are on one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One run."""
+
+    name: str
+    settings: dict[str, str]  # what differs between the runs, by dotted key
+    code_bits: float
+    storage_bits: float
+    model_bytes: int
+    perplexity: dict[str, float | None]
+    spearman: float | None
+    seconds: float
+    peak_rss_bytes: int
+
+    @property
+    def curve(self) -> str:
+        """Label of the curve that the run is on."""
+        return ", ".join(f"{key}={value}" for key, value in self.settings.items() if key not in _BUDGETS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All runs, by size."""
+
+    rows: list[Row]
+    keys: list[str]  # what differs
+    texts: list[str]
+    baseline: dict[str, float]  # of the original model, where it is one model and was judged
+    common: dict[str, str]  # components that all runs have in common
+
+    def best(self, text: str) -> float | None:
+        """Return the lowest perplexity on a text."""
+        known = [value for row in self.rows if (value := row.perplexity.get(text)) is not None]
+        return min(known, default=None)
+
+
+def collect(runs: Sequence[Run]) -> Comparison:
+    """Read finished runs; raise ``AptqError`` for one that is not."""
+    metrics = [run.metrics() for run in runs]
+    keys = list(
+        dict.fromkeys(key for run in runs[1:] for key in differences(runs[0].config, run.config) if _is_setting(key))
+    )
+    rows = [
+        Row(
+            name=run.folder.name,
+            settings={key: _tell(_at(run.config, key)) for key in keys},
+            code_bits=figures["bits"]["code"],
+            storage_bits=figures["bits"]["storage"],
+            model_bytes=figures["bytes"]["model"],
+            perplexity=figures["perplexity"],
+            spearman=(figures.get("audit") or {}).get("spearman"),
+            seconds=sum(figures["seconds"].values()),
+            peak_rss_bytes=figures["peak_rss_bytes"],
+        )
+        for run, figures in zip(runs, metrics, strict=True)
+    ]
+    baselines = [each["baseline_perplexity"] for each in metrics if each["baseline_perplexity"]]
+    same_model = not any(key.startswith(("model.", "evaluator.", "data.evaluation")) for key in keys)
+    components = ("hessian", "metric", "allocator", "format", "quantizer")
+    return Comparison(
+        rows=sorted(rows, key=lambda row: (row.curve, row.storage_bits)),
+        keys=keys,
+        texts=list(dict.fromkeys(text for row in rows for text in row.perplexity)),
+        baseline=baselines[0] if baselines and same_model else {},
+        common={kind: str(_at(runs[0].config, f"{kind}.name")) for kind in components if f"{kind}.name" not in keys},
+    )
+
+
+def _is_setting(key: str) -> bool:
+    """Leave out what only tells where results go, and whether the original was judged too."""
+    return key not in ("baseline", "samples", "overwrite")
+
+
+def _at(config: Any, key: str) -> Any:
+    return reduce(
+        lambda section, part: section.get(part) if isinstance(section, dict) else None, key.split("."), config
+    )
+
+
+def _tell(value: Any) -> str:
+    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,89 @@
+"""Runs side by side."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aptq.comparison import write_comparison
+from aptq.comparison.content import collect
+from aptq.errors import AptqError
+from aptq.run import Run
+from aptq.settings import RunSettings
+
+
+def make(folder: Path, budget: float, metric: str, perplexity: float, **more: Any) -> Path:
+    config = {
+        "name": folder.name,
+        "model": {"path": "tiny"},
+        "metric": {"name": metric},
+        "allocator": {"name": "knapsack", "budget": budget},
+        "cache_dir": str(folder),
+    }
+    metrics = {
+        "perplexity": {"c4": perplexity, "wikitext2": None},
+        "baseline_perplexity": {"c4": 30.0},
+        "bits": {"code": budget, "storage": budget + 0.3},
+        "bytes": {"model": 100_000_000, "original": 500_000_000},
+        "seconds": {"quantize": 60.0, "evaluate": 30.0},
+        "peak_rss_bytes": 10**9,
+        "peak_device_bytes": None,
+        "versions": {},
+        **more,
+    }
+    with Run.open(RunSettings(dir=str(folder)), config) as run:
+        run.model_folder.mkdir()
+        run.write_metrics(metrics)
+        run.finish()
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    audit = {"spearman": 0.93, "slope": 1.0, "plans": []}
+    return [
+        make(tmp_path / "a", 3.5, "output", 40.0),
+        make(tmp_path / "b", 3.0, "output", 45.0, audit=audit),
+        make(tmp_path / "c", 3.0, "error", 50.0),
+    ]
+
+
+def test_only_what_differs_is_listed_and_budgets_make_a_curve(folders: list[Path]) -> None:
+    content = collect([Run.read(folder) for folder in folders])
+    assert content.keys == ["allocator.budget", "metric.name"]
+    assert [(row.name, row.curve) for row in content.rows] == [
+        ("c", "metric.name=error"),
+        ("b", "metric.name=output"),
+        ("a", "metric.name=output"),
+    ]
+    assert content.best("c4") == 40.0
+    assert content.best("wikitext2") is None
+    assert content.baseline == {"c4": 30.0}
+    assert content.common == {
+        "hessian": "None", "allocator": "knapsack", "format": "None", "quantizer": "None"
+    }  # fmt: skip
+
+
+def test_the_page_stands_alone_and_tells_the_figures(folders: list[Path], tmp_path: Path) -> None:
+    page = write_comparison(folders, tmp_path / "out")
+    html = page.read_text(encoding="utf-8")
+    assert page == tmp_path / "out" / "comparison.html"
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert not re.search(r"<script|https?:|url\(|@import", html)
+    for told in ("3 runs side by side", "allocator.budget", "<b>40.00</b>", "0.93", "1 min 30 s", "full precision"):
+        assert told in html
+
+
+def test_runs_of_different_models_have_no_common_baseline(folders: list[Path], tmp_path: Path) -> None:
+    other = make(tmp_path / "d", 3.0, "output", 12.0)
+    (other / "config.yaml").write_text((other / "config.yaml").read_text().replace("tiny", "large"))
+    assert collect([Run.read(folders[0]), Run.read(other)]).baseline == {}
+
+
+def test_one_run_and_unfinished_ones_are_refused(folders: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(AptqError, match="two runs at least"):
+        write_comparison(folders[:1], tmp_path)
+    (folders[1] / "metrics.json").unlink()
+    with pytest.raises(AptqError, match="not finished"):
+        write_comparison(folders, tmp_path)
