@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,14 @@ from aptq.calibration.quantize import storage_bits
 from aptq.calibration.roundings import Roundings
 from aptq.calibration.score import score
 from aptq.calibration.statistics import StatisticsCache, code_fingerprint, content_key
+from aptq.names import place
 from aptq.plan import Plan
 
 if TYPE_CHECKING:
     from aptq.calibration.walk import Walk
     from aptq.pipeline import Experiment, Stages
+
+_log = logging.getLogger(__name__)
 
 _AUDITED_SAMPLES = 2
 """Of the calibration samples: the divergence of two differs from that of all by less than plans from each other."""
@@ -73,14 +77,38 @@ def _problem(experiment: Experiment, walk: Walk, stages: Stages, options: Sequen
     costs: dict[str, dict[Option, float]] = {}
     if experiment.allocator.needs_costs:
         statistics = _statistics(experiment, walk, stages, options)
-        costs = {
-            name: {option: experiment.metric.cost(statistics[name], option) for option in options} for name in shapes
-        }
+        costs = with_unseen(
+            {name: {option: experiment.metric.cost(statistics[name], option) for option in options} for name in shapes}
+        )
     sizes = {
         name: {option: storage_bits(experiment.format, option, shape) for option in options}
         for name, shape in shapes.items()
     }
     return Allocation(shapes=shapes, options=options, costs=costs, storage_bits=sizes, other_bytes=source.other_bytes)
+
+
+def with_unseen(costs: Mapping[str, Mapping[Option, float]]) -> dict[str, dict[Option, float]]:
+    """Return the costs, those of layers that no token came to (experts) replaced by the mean of their kind.
+
+    Such a layer seems to cost nothing at any option: that is not known, and it would be the first to lose its bits.
+    """
+    unseen = [name for name, options in costs.items() if not any(options.values())]
+    filled = {name: dict(options) for name, options in costs.items()}
+    seen: dict[str, list[Mapping[Option, float]]] = {}
+    for name, options in costs.items():
+        if any(options.values()):
+            seen.setdefault(place(name)[1], []).append(options)
+    for name in unseen:
+        if alike := seen.get(place(name)[1]):
+            filled[name] = {option: sum(each[option] for each in alike) / len(alike) for option in costs[name]}
+    if unseen:
+        _log.warning(
+            "%d layers were fed no token of the calibration text, %s among them: they are taken to cost what others "
+            "of their kind do. More samples would tell.",
+            len(unseen),
+            unseen[0],
+        )
+    return filled
 
 
 def budget(
