@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from aptq.api import AptqError, DriftEstimator, LossMetric, Option
+from aptq.api import AptqError, DriftEstimator, GroupedAllocator, LossMetric, Option
 from aptq.calibration.quantize import PREFIXES
 from aptq.calibration.rounding import needs_drift
 from aptq.data import check_data, check_length
@@ -55,8 +55,12 @@ def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
     _check_audit(experiment, predicts)
     given = None
     if experiment.plan_path is None:
-        bits = experiment.allocator.bit_options()
-        options = [Option(each, experiment.format.group_size) for each in bits]
+        sizes = experiment.allocator.group_sizes if isinstance(experiment.allocator, GroupedAllocator) else ()
+        options = [
+            Option(bits, size)
+            for bits in experiment.allocator.bit_options()
+            for size in sizes or (experiment.format.group_size,)
+        ]
     else:
         given = read_plan(experiment.plan_path)
         if given.format_name != experiment.format_name:

@@ -241,6 +241,18 @@ def test_a_plan_by_the_loss_is_audited_and_on_record(overrides: Callable[..., li
     assert not {"measure", "gradients"} & again.metrics()["seconds"].keys(), "another budget measures nothing"
 
 
+def test_group_sizes_are_chosen_too(overrides: Callable[..., list[str]]) -> None:
+    more = ["allocator=knapsack", "allocator.bits=[2,3,4]", "allocator.group_sizes=[32,64]", "allocator.count=storage"]
+    run = aptq.quantize(overrides(*more, "allocator.budget=3.9"))
+    plan = run.plan()
+    assert plan is not None
+    assert {option.group_size for option in plan.layers.values()} == {32, 64}
+    assert 3.8 < run.metrics()["bits"]["storage"] <= 3.9
+    assert all(len(options) == 6 for options in run.sensitivity().values())
+    model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False).shape == (1, 5)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

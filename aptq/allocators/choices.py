@@ -42,12 +42,24 @@ class Choices:
         return int(np.take_along_axis(self.sizes, chosen[:, None], axis=1).sum())
 
 
-def check_budget(bits: Sequence[int], budget: float, count: str, pin: Mapping[str, int]) -> None:
+def check_budget(
+    bits: Sequence[int], budget: float, count: str, pin: Mapping[str, int], group_sizes: Sequence[int] = ()
+) -> None:
     """Raise ``AptqError`` for options that contradict each other."""
     if not bits or len(set(bits)) != len(bits) or min(bits) < 1:
         raise AptqError(f"allocator.bits={list(bits)} is not allowed; name different widths, each from 1 up.")
     if count not in _COUNTS:
         raise AptqError(f"allocator.count={count!r} is not known; use one of {', '.join(_COUNTS)}.")
+    if len(set(group_sizes)) != len(group_sizes) or any(size < 1 and size != -1 for size in group_sizes):
+        raise AptqError(
+            f"allocator.group_sizes={list(group_sizes)} is not allowed; name different sizes, each from 1 up or -1 "
+            "for a whole row."
+        )
+    if len(group_sizes) > 1 and count == "code":
+        raise AptqError(
+            "allocator.group_sizes: with allocator.count=code, small groups would cost nothing, since their scales are "
+            "not counted. Use allocator.count=storage or model."
+        )
     if not 0 < budget < float("inf"):
         raise AptqError(f"allocator.budget={budget} is not allowed; it is {_unit(count)}, above 0.")
     for pattern, width in pin.items():

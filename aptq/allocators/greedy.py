@@ -25,9 +25,10 @@ class Greedy:
     budget: float = 3.5
     count: str = "code"
     pin: Mapping[str, int] = field(default_factory=dict)
+    group_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        check_budget(self.bits, self.budget, self.count, self.pin)
+        check_budget(self.bits, self.budget, self.count, self.pin, self.group_sizes)
 
     @property
     def needs_costs(self) -> bool:

@@ -29,7 +29,7 @@ class Knapsack:
 
     Options: ``bits`` to choose among; ``budget``, in average bits per weight or, with ``count="model"``, megabytes of
     the whole model; ``count``, what the budget counts ("code", "storage" or "model"); ``pin``, the bits of layers by a
-    pattern of their names.
+    pattern of their names; ``group_sizes`` to choose among, those of the format where there are none.
 
     Source of the problem: Sinha and Zoltners, "The multiple-choice knapsack problem", 1979; for bits, HAWQ-V3 (ICML
     2021), section 3.4.
@@ -39,9 +39,10 @@ class Knapsack:
     budget: float = 3.5
     count: str = "code"
     pin: Mapping[str, int] = field(default_factory=dict)
+    group_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        check_budget(self.bits, self.budget, self.count, self.pin)
+        check_budget(self.bits, self.budget, self.count, self.pin, self.group_sizes)
 
     @property
     def needs_costs(self) -> bool:

@@ -15,6 +15,7 @@ across layers; costs of different estimators are not.
 from aptq.api.allocation import (
     Allocation,
     Allocator,
+    GroupedAllocator,
     LayerStatistics,
     LossChange,
     LossMetric,
@@ -85,6 +86,7 @@ __all__ = [
     "Factors",
     "Format",
     "Grid",
+    "GroupedAllocator",
     "GuidedEstimator",
     "HessianEstimator",
     "Layer",

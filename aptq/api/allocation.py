@@ -127,3 +127,12 @@ class Allocator(Protocol):
 
     def allocate(self, problem: Allocation) -> dict[str, Option]:
         """Return an option for every layer, within the budget."""
+
+
+@runtime_checkable
+class GroupedAllocator(Allocator, Protocol):
+    """An allocator that chooses group sizes too: every width is offered at each of them."""
+
+    @property
+    def group_sizes(self) -> Sequence[int]:
+        """Group sizes to choose among; the format's own where there are none."""

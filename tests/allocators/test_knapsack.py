@@ -105,6 +105,9 @@ def test_costs_that_are_blind_to_bits_are_refused() -> None:
         ({"budget": 0.0}, "above 0"),
         ({"count": "bytes"}, "use one of code, storage, model"),
         ({"pin": {"*": 5}}, "does not offer"),
+        ({"group_sizes": (64, 64), "count": "storage"}, "different sizes"),
+        ({"group_sizes": (0,), "count": "storage"}, "from 1 up"),
+        ({"group_sizes": (32, 64)}, "allocator.count=storage"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options: dict, message: str) -> None:  # type: ignore[type-arg]
