@@ -71,7 +71,7 @@ def test_a_row_is_its_experiment_on_the_model_and_text_of_all() -> None:
 
 def test_there_is_a_row_for_every_printed_result_that_is_ours_to_make() -> None:
     printed = {each.row for each in (*TABLE_1, *TABLE_3, *FIGURE_2)} - {None, FULL_PRECISION}
-    assert printed | {"rtn_4"} == set(_config().rows)
+    assert printed | {"rtn_4"} == set(_config(experiment="paper_llama7b").rows)
     for each in FIGURE_2:
         ratio = compose([f"experiment={each.row}"]).allocator.ratio
         assert each.bits == pytest.approx(2 + 2 * ratio), each.label
@@ -81,7 +81,9 @@ def test_the_two_differ_in_size() -> None:
     small, large = _config(), _config(experiment="paper_llama7b")
     assert (small.data.num_samples, small.data.sequence_length) == (16, 512)
     assert (large.data.num_samples, large.data.sequence_length) == (128, 2048)
-    assert small.rows == large.rows
+    ours = {"aptq_loss_75": ["experiment=aptq_loss", "allocator.ratio=0.75"]}
+    ours["aptq_loss_50"] = ["experiment=aptq_loss", "allocator.ratio=0.5"]
+    assert small.rows == {**large.rows, **ours}
     assert list(rows_of(large)) == list(large.rows)
     assert (CONF / "experiment" / "paper.yaml").is_file()
 
