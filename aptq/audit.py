@@ -22,7 +22,7 @@ CHOSEN, UNIFORM, RANDOM = "chosen", "uniform", "random"
 """Why a plan is audited."""
 
 _SPREAD = 1.5
-"""Standard deviation of random log sensitivities: about one bit more or less, for each of three influences."""
+"""Largest standard deviation of random log sensitivities: about one bit more or less, for each of three influences."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ def candidates(problem: Allocation, chosen: Mapping[str, Option], count: int, se
     """Return the chosen plan, the best uniform one that is no larger, and ``count`` random ones of its size.
 
     A random plan is the best one for sensitivities that are drawn for each kind of layer, along the depth and for each
-    layer by itself: plans as different as those that metrics make of different models.
+    layer by itself, more and more different ones: from plans that are nearly uniform to wild ones.
     """
     size = _stored(problem, chosen)
     found = [Candidate(kind=CHOSEN, plan=chosen)]
@@ -46,19 +46,20 @@ def candidates(problem: Allocation, chosen: Mapping[str, Option], count: int, se
     if fitting:
         found.append(Candidate(kind=UNIFORM, plan=max(fitting, key=lambda plan: _stored(problem, plan))))
     rng = np.random.default_rng(seed)
-    found += [Candidate(kind=RANDOM, plan=_random_plan(problem, size, rng)) for _ in range(count)]
+    spreads = [_SPREAD * (number + 1) / count for number in range(count)]
+    found += [Candidate(kind=RANDOM, plan=_random_plan(problem, size, rng, spread)) for spread in spreads]
     return found
 
 
-def _random_plan(problem: Allocation, limit: int, rng: np.random.Generator) -> dict[str, Option]:
+def _random_plan(problem: Allocation, limit: int, rng: np.random.Generator, spread: float) -> dict[str, Option]:
     names, options = list(problem.shapes), list(problem.options)
     depths, kinds = zip(*(place(name) for name in names), strict=True)
     last = max((depth for depth in depths if depth is not None), default=0) or 1
-    of_kind = {kind: rng.normal(0, _SPREAD) for kind in dict.fromkeys(kinds)}
-    tilt = rng.normal(0, _SPREAD)
+    of_kind = {kind: rng.normal(0, spread) for kind in dict.fromkeys(kinds)}
+    tilt = rng.normal(0, spread)
     loudness = np.array(
         [of_kind[kind] + tilt * (2 * (depth or 0) / last - 1) for kind, depth in zip(kinds, depths, strict=True)]
-    ) + rng.normal(0, _SPREAD, len(names))
+    ) + rng.normal(0, spread, len(names))
     weights = np.array([problem.num_weights(name) for name in names])
     noise = 4.0 ** -np.array([option.bits for option in options], dtype=np.float64)
     costs = np.exp(loudness)[:, None] * weights[:, None] * noise

@@ -27,13 +27,19 @@ from runs import add_options, footer, full_precision, judged_run, keep, open_rec
 
 HERE = Path(__file__).resolve().parent
 UNIFORM = "the same bits everywhere"
+_OVERHEAD = 0.297
+"""Stored bits a weight beyond 3 bits of code, in groups of 64: a scale in 16 bits and a zero point."""
 _KNAPSACK = ["allocator=knapsack", "allocator.bits=[2,3,4,8]"]
 
 ROWS: dict[str, list[str]] = {
     UNIFORM: ["allocator=uniform"],
     "traces, 2 and 4 bits (APTQ)": ["hessian=attention", "metric=trace", "allocator=ratio"],
     "output (default)": [*_KNAPSACK, "metric=output"],
-    "output, 8 samples": [*_KNAPSACK, "metric=output", "metric.samples=8"],
+    "output, 4 samples": [*_KNAPSACK, "metric=output", "metric.samples=4"],
+    "output, groups of 32, 64 or 128": [
+        *("allocator=knapsack", "allocator.bits=[2,3,4]", "metric=output"),
+        *("allocator.group_sizes=[32,64,128]", "allocator.count=storage"),
+    ],
     "output, labels of the text (ModelOpt's score)": [*_KNAPSACK, "metric=output", "metric.labels=data"],
     "gradient, absolute (AutoRound's score)": [*_KNAPSACK, "metric=gradient"],
     "gradient, squared": [*_KNAPSACK, "metric=gradient", "metric.form=squared", "metric.labels=model"],
@@ -63,6 +69,8 @@ def words(row: str, budget: float) -> list[str] | None:
     if "allocator=ratio" in ROWS[row]:
         share = {"allocator.high": 4, "allocator.low": 2, "allocator.ratio": (budget - 2) / 2}
         return [*ROWS[row], *(f"{key}={value:g}" for key, value in share.items())] if 2 < budget < 4 else None
+    if "allocator.count=storage" in ROWS[row]:  # what groups of 64 store with so many bits of code
+        return [*ROWS[row], f"allocator.budget={budget + _OVERHEAD:g}"]
     return [*ROWS[row], f"allocator.budget={budget:g}"]
 
 

@@ -25,7 +25,7 @@ class Gradient:
     """
 
     form: str = "absolute"
-    samples: int = 4
+    samples: int = 8
     labels: str = "data"
     seed: int = 0
 

@@ -24,7 +24,7 @@ class Output:
     Source: the score of NVIDIA ModelOpt's ``auto_quantize`` (``method="gradient"``), there with labels of the data.
     """
 
-    samples: int = 4
+    samples: int = 8
     labels: str = "model"
     seed: int = 0
 
