@@ -37,7 +37,7 @@ ROWS: dict[str, list[str]] = {
     "output (default)": [*_KNAPSACK, "metric=output"],
     "output, 4 samples": [*_KNAPSACK, "metric=output", "metric.samples=4"],
     "output, groups of 32, 64 or 128": [
-        *("allocator=knapsack", "allocator.bits=[2,3,4]", "metric=output"),
+        *("allocator=knapsack", "allocator.bits=[2,3,4]", "metric=output", "metric.samples=4"),
         *("allocator.group_sizes=[32,64,128]", "allocator.count=storage"),
     ],
     "output, labels of the text (ModelOpt's score)": [*_KNAPSACK, "metric=output", "metric.labels=data"],
