@@ -90,6 +90,7 @@ def test_the_papers_tables_are_one_command_that_goes_on_where_it_stopped(
         *("evaluator.num_sequences=2", "name=paper", "fabric=cpu", f"cache_dir={tmp_path / 'cache'}"),
         *("~rows.rtn_4", "~rows.gptq_4", *(f"~rows.aptq_{share}" for share in (100, 90, 80, 70, 60, 40))),
         *(f"~rows.manual_blockwise_{share}_{keep}" for share in (75, 50) for keep in ("first", "last", "alternating")),
+        *("~rows.aptq_loss_75", "~rows.aptq_loss_50"),
     )
     done = aptq(*command)
     assert done.returncode == 0, done.stderr
