@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from aptq.allocators.choices import Choices
+from aptq.allocators.choices import Choices, stored_sizes
 from aptq.allocators.relaxation import relaxed
 from aptq.api import Allocation, Option
 from aptq.names import place
@@ -63,8 +63,7 @@ def _random_plan(problem: Allocation, limit: int, rng: np.random.Generator, spre
     weights = np.array([problem.num_weights(name) for name in names])
     noise = 4.0 ** -np.array([option.bits for option in options], dtype=np.float64)
     costs = np.exp(loudness)[:, None] * weights[:, None] * noise
-    sizes = np.array([[problem.storage_bits[name][option] for option in options] for name in names], dtype=np.int64)
-    table = Choices(names=names, options=options, costs=costs, sizes=sizes, limit=limit)
+    table = Choices(names=names, options=options, costs=costs, sizes=stored_sizes(problem), limit=limit)
     return table.plan(relaxed(table)[0])
 
 

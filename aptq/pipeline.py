@@ -208,7 +208,7 @@ def _export(experiment: Experiment, walk: Walk, run: Run, recipe: Recipe) -> Non
     """Write the model under a temporary name, see that it loads and agrees, then give it its name."""
     # Behind full-precision blocks the walk ends on the original model: the quantized one has to be run for the check.
     quantized = recipe.prefix == "quantized"
-    expected = walk.logits(CHECKED) if quantized else stored_logits(walk.beginning(CHECKED), recipe, run)
+    expected = walk.logits(CHECKED) if quantized else stored_logits(walk.beginning(1, CHECKED), recipe, run)
     job = ExportJob(
         plan=recipe.plan,
         format=experiment.format,

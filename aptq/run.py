@@ -18,6 +18,7 @@ from aptq.api import Allocation, LayerReport, Option
 from aptq.block_store import BlockStore
 from aptq.errors import AptqError
 from aptq.files import clean_leftovers, disk_errors, write_json, write_text
+from aptq.metrics_schema import check_metrics, finite
 from aptq.plan import Plan, read_plan, write_plan
 from aptq.settings import RunSettings
 
@@ -156,7 +157,7 @@ class Run:
     def save_audit(self, audit: Mapping[str, Any] | None) -> None:
         """Write ``audit.json``, where there was an audit."""
         if self._writes() and audit is not None:
-            write_json(self.folder / "audit.json", _finite(audit), "the audit")
+            write_json(self.folder / "audit.json", finite(audit), "the audit")
 
     def audit(self) -> dict[str, Any] | None:
         """Read ``audit.json``; None where there was no audit."""
@@ -206,7 +207,7 @@ class Run:
         """Check and write ``metrics.json``; figures that are not finite are written as null."""
         check_metrics(metrics)
         if self._writes():
-            write_json(self.folder / run_folder.METRICS, _finite(metrics), "the metrics")
+            write_json(self.folder / run_folder.METRICS, finite(metrics), "the metrics")
 
     def metrics(self) -> dict[str, Any]:
         """Read ``metrics.json``."""
@@ -235,24 +236,6 @@ class Run:
         return self._role == "writer"
 
 
-def check_metrics(metrics: Mapping[str, Any]) -> None:
-    """Hold metrics against the schema of ``metrics.json``.
-
-    ``perplexity`` and ``baseline_perplexity`` map text names to figures (null: not finite), and other evaluators add
-    mappings of their own. Optional are ``samples`` and ``audit``.
-
-    Raises:
-        AptqError: names every key that is missing or holds the wrong kind of value.
-    """
-    faults = [f"{key} is missing" for key in _SCHEMA if key not in metrics]
-    for key, value in metrics.items():
-        kind, fits = _SCHEMA.get(key) or _OPTIONAL.get(key) or _MEASURE
-        if not fits(value):
-            faults.append(f"{key} must be {kind}, got {value!r:.80}")
-    if faults:
-        raise AptqError(f"These are no metrics of a run: {'; '.join(faults)}.")
-
-
 def _take_up(folder: Path, config: Mapping[str, Any], overwrite: bool) -> bool:
     """Bring a locked folder into the state in which a run begins; say whether it goes on with an old one."""
     clean_leftovers(folder)
@@ -275,51 +258,3 @@ def _take_up(folder: Path, config: Mapping[str, Any], overwrite: bool) -> bool:
 
 def _parse_report(row: Mapping[str, str]) -> LayerReport:
     return LayerReport(**{field.name: _PARSERS[str(field.type)](row[field.name]) for field in fields(LayerReport)})
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and value - value != 0 else value
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _object(value: Any, fits: Callable[[Any], bool], *keys: str) -> bool:
-    """Say whether a value is a mapping to values that fit, with exactly these keys where any are given."""
-    return isinstance(value, Mapping) and all(map(fits, value.values())) and (not keys or set(value) == set(keys))
-
-
-def _is_measure(value: Any) -> bool:
-    return _object(value, lambda item: item is None or _number(item))
-
-
-def _is_samples(value: Any) -> bool:
-    keys = ("prompt", "original", "quantized")
-    return isinstance(value, list) and all(_object(item, lambda text: isinstance(text, str), *keys) for item in value)
-
-
-_Rule = tuple[str, Callable[[Any], bool]]
-_MEASURE: _Rule = ("an object of numbers by text", _is_measure)
-_SCHEMA: dict[str, _Rule] = {
-    "perplexity": _MEASURE,
-    "baseline_perplexity": _MEASURE,
-    "bits": ('{"code": number, "storage": number}', lambda value: _object(value, _number, "code", "storage")),
-    "bytes": ('{"model": int, "original": int}', lambda value: _object(value, _count, "model", "original")),
-    "seconds": ("an object of numbers by stage", lambda value: _object(value, _number)),
-    "peak_rss_bytes": ("a whole number", _count),
-    "peak_device_bytes": ("a whole number or null", lambda value: value is None or _count(value)),
-    "versions": ("an object", lambda value: isinstance(value, Mapping)),
-}
-_OPTIONAL: dict[str, _Rule] = {
-    "audit": ('{"spearman", "slope", "plans"}', lambda value: isinstance(value, Mapping)),
-    "samples": ('a list of {"prompt", "original", "quantized"}', _is_samples),
-}

@@ -56,7 +56,7 @@ def verify(folder: Path, walk: Walk, expected: Tensor, backend: str) -> float:
         if not torch.equal(written.read([name])[name], tensor.cpu()):
             raise AptqError(f"{name} in the written model is not what it was before. {_FAULT}")
     layers = {name: module for name, module in skeleton.named_modules() if isinstance(module, PackedLinear)}
-    found = _logits(walk.beginning(CHECKED), layers, written, backend)
+    found = _logits(walk.beginning(1, CHECKED), layers, written, backend)
     difference: float = ((found - expected).abs().max() / expected.abs().max()).item()
     if not difference <= _TOLERANCE.get(walk.source.dtype, 1e-1):
         raise AptqError(

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from tables import as_rich, markdown_table
 
-from runs import add_options, footer, full_precision, judged_run, keep, mean_of, open_record
+from runs import add_options, footer, full_precision, judged_run, keep, mean_and_range, mean_of, open_record
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = "gptq, min-max"
@@ -96,10 +96,7 @@ def table(record: Mapping[str, Any], bits: int) -> tuple[list[str], list[list[st
     rows = []
     for row, values in means.items():
         mine = _of(results, row)
-        cells = []
-        for name, value in values.items():
-            spread = [each["perplexity"][name] for each in mine]
-            cells.append(f"{value:.2f}" + (f" ({min(spread):.2f} to {max(spread):.2f})" if len(mine) > 1 else ""))
+        cells = [mean_and_range([each["perplexity"][name] for each in mine]) for name in names]
         for name, value in values.items():
             known = REFERENCE in means and name in full
             cells.append(f"{(value - full[name]) / (means[REFERENCE][name] - full[name]):.2f}" if known else "")

@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from tables import as_rich, markdown_table
 
-from runs import add_options, footer, full_precision, judged_run, keep, open_record
+from runs import add_options, footer, full_precision, judged_run, keep, mean_and_range, open_record
 
 HERE = Path(__file__).resolve().parent
 UNIFORM = "the same bits everywhere"
@@ -82,11 +82,7 @@ def table(record: Mapping[str, Any], budget: float) -> tuple[list[str], list[lis
     for row in ROWS:
         mine = [each for each in results if each["row"] == row]
         if mine:
-            cells = []
-            for name in names:
-                found = [each["perplexity"][name] for each in mine]
-                spread = f" ({min(found):.2f} to {max(found):.2f})" if len(found) > 1 else ""
-                cells.append(f"{mean(found):.2f}{spread}")
+            cells = [mean_and_range([each["perplexity"][name] for each in mine]) for name in names]
             found = [each["audit"]["spearman"] for each in mine if each["audit"]]
             audits = [each for each in found if each is not None]  # of a trace: it does not tell plans apart
             bits = [f"{mean(each[key] for each in mine):.3f}" for key in ("code_bits", "storage_bits")]

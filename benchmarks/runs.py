@@ -113,6 +113,12 @@ def mean_of(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def mean_and_range(values: Sequence[float]) -> str:
+    """Return the mean, and from where to where the values go if there are several."""
+    told = f"{sum(values) / len(values):.2f}"
+    return f"{told} ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else told
+
+
 def footer(record: Mapping[str, Any], rows: Mapping[str, Sequence[str]]) -> list[str]:
     """Return how it was done: overrides by row, machine, date, commits, command."""
     done = {each["row"] for each in record["results"]}

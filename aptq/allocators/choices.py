@@ -91,7 +91,7 @@ def choices(problem: Allocation, budget: float, count: str, pin: Mapping[str, in
     if count == "code":
         sizes = weights[:, None] * np.array([option.bits for option in options], dtype=np.int64)
     else:
-        sizes = np.array([[problem.storage_bits[name][option] for option in options] for name in names], dtype=np.int64)
+        sizes = stored_sizes(problem)
     other = 8 * problem.other_bytes if count == "model" else 0
     unit = _BITS_PER_MEGABYTE if count == "model" else int(weights.sum())
     allowed = _allowed(names, options, pin)
@@ -107,6 +107,12 @@ def choices(problem: Allocation, budget: float, count: str, pin: Mapping[str, in
     return Choices(
         names=names, options=options, costs=np.where(allowed, costs, np.inf), sizes=sizes, limit=limit - other
     )
+
+
+def stored_sizes(problem: Allocation) -> NDArray[np.int64]:
+    """Return what each layer stores at each option, ``[layers, options]``, in bits."""
+    rows = [[problem.storage_bits[name][option] for option in problem.options] for name in problem.shapes]
+    return np.array(rows, dtype=np.int64)
 
 
 def _allowed(names: Sequence[str], options: Sequence[Option], pin: Mapping[str, int]) -> NDArray[np.bool_]:

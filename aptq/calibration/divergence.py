@@ -32,7 +32,7 @@ def measure_divergence(
     Every layer is rounded once at every option that some plan gives it, on what the full-precision model feeds it, as
     in pass 1; the plans then travel through the model side by side, ``num_samples`` of the calibration samples each.
     """
-    few = walk.first_samples(num_samples)
+    few = walk.beginning(num_samples)
     original = few.first_inputs()
     states = [list(original) for _ in plans]
     head: Step | None = None

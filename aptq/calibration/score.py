@@ -38,7 +38,7 @@ def score(
         statistics: of every layer, as ``measure`` gave them.
         format: of the ``roundings`` that ``measure`` left, which are not needed any more afterwards.
     """
-    few = walk.first_samples(metric.samples)
+    few = walk.beginning(metric.samples)
     tap = _Scores(few, metric, statistics, format, roundings, cache)
     folder: Path = cache.folder / cache.key
     passing = BackwardPass(walk=few, tap=tap, folder=folder, callbacks=callbacks, stage=stage)

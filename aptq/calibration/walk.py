@@ -83,28 +83,17 @@ class Walk:
         # Fabric's precision is for float32 models; others run in the dtype that they were stored in.
         self.autocast = fabric.autocast if source.dtype == torch.float32 else nullcontext
 
-    def beginning(self, tokens: int) -> Walk:
-        """Return a walk of its own with the first ``tokens`` of the first sample."""
-        return Walk(self.source, self.samples[:1, :tokens], 1, self.fabric)
-
-    def first_samples(self, count: int) -> Walk:
-        """Return a walk of its own with the first samples, one in a batch."""
-        return Walk(self.source, self.samples[:count], 1, self.fabric)
+    def beginning(self, samples: int, tokens: int | None = None) -> Walk:
+        """Return a walk of its own with the first samples, one in a batch, and all or the first tokens of each."""
+        return Walk(self.source, self.samples[:samples, :tokens], 1, self.fabric)
 
     def steps(self, *, full_precision: bool = False) -> Iterator[Step]:
         """Yield each block in turn, then the head if it is to be quantized; take and raise what ``blocks`` does."""
         yield from self.blocks(full_precision=full_precision)
-        if (head := self.head_step(full_precision=full_precision)) is not None:
-            yield head
-
-    def head_step(self, *, full_precision: bool = False) -> Step | None:
-        """Return the head with what the last blocks of ``blocks`` feed it; None where it is not to be quantized."""
-        name = self.source.head_name
-        if name is None:
-            return None
-        originals = self._head_inputs(name, self._last_full_precision) if full_precision else None
-        inputs = self._head_inputs(name, self.last_hidden)
-        return self._step(self._guided(self.source.load_head()), inputs, originals, last=True)
+        if (name := self.source.head_name) is not None:
+            originals = self._head_inputs(name, self._last_full_precision) if full_precision else None
+            inputs = self._head_inputs(name, self.last_hidden)
+            yield self._step(self._guided(self.source.load_head()), inputs, originals, last=True)
 
     def step(self, block: Block, hidden: Sequence[Tensor]) -> Step:
         """Return the step of a block that is fed hidden states from elsewhere, batch by batch."""

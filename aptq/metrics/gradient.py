@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from aptq.api import AptqError, LayerStatistics, Option
+from aptq.metrics.backward import check_run
 
 _LABELS = ("data", "model")
 _FORMS = ("absolute", "squared")
@@ -32,10 +33,7 @@ class Gradient:
     def __post_init__(self) -> None:
         if self.form not in _FORMS:
             raise AptqError(f"metric.form={self.form!r} is not known; use one of {', '.join(_FORMS)}.")
-        if self.samples < 1:
-            raise AptqError(f"metric.samples={self.samples} is not allowed; use 1 or more.")
-        if self.labels not in _LABELS:
-            raise AptqError(f"metric.labels={self.labels!r} is not known; use one of {', '.join(_LABELS)}.")
+        check_run(self.samples, self.labels, _LABELS)
 
     @property
     def needs_errors(self) -> bool:

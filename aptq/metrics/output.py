@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from aptq.api import AptqError, LayerStatistics, Option
+from aptq.api import LayerStatistics, Option
+from aptq.metrics.backward import check_run
 
 _LABELS = ("model", "data")
 
@@ -29,10 +30,7 @@ class Output:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise AptqError(f"metric.samples={self.samples} is not allowed; use 1 or more.")
-        if self.labels not in _LABELS:
-            raise AptqError(f"metric.labels={self.labels!r} is not known; use one of {', '.join(_LABELS)}.")
+        check_run(self.samples, self.labels, _LABELS)
 
     @property
     def needs_errors(self) -> bool:

@@ -1,7 +1,6 @@
 """Gradients taken block by block against those of the whole model."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from aptq.hessians.attention import Attention
 from aptq.hessians.loss import Loss
 from aptq.models import open_model
 from aptq.settings import ModelSettings
+from tests.calibration.interrupt import Interrupt, Interrupted
 
 
 def _walk(folder: Path, batch_size: int = 2, samples: int = 3, **settings: object) -> Walk:
@@ -87,37 +87,19 @@ def test_a_quantized_head_is_guided_too(tiny_model_folder: Callable[..., Path], 
     assert not head["lm_head"][:, -1].any(), "nothing follows the last token"
 
 
-class _Interrupted(Exception):
-    pass
-
-
-@dataclass
-class _Interrupt(Callback):
-    """Stops a pass at its n-th block; counts those that were begun."""
-
-    at: int = -1
-    begun: int = 0
-
-    def on_advance(self, *, stage: str, done: float, detail: str) -> None:
-        assert stage == "gradients"
-        if self.begun == self.at:
-            raise _Interrupted
-        self.begun += 1
-
-
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 5])
 def test_an_interrupted_pass_goes_on(at: int, tiny_model_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny_model_folder("llama")
     blocks = len(_walk(folder).source.block_names)
     expected = measure_guidance(_walk(folder), Loss(), tmp_path / "whole", Callback())
-    with pytest.raises(_Interrupted):
-        measure_guidance(_walk(folder), Loss(), tmp_path / "cut", _Interrupt(at=at))
-    rest = _Interrupt()
+    with pytest.raises(Interrupted):
+        measure_guidance(_walk(folder), Loss(), tmp_path / "cut", Interrupt(at=at))
+    rest = Interrupt()
     found = measure_guidance(_walk(folder), Loss(), tmp_path / "cut", rest)
     assert rest.begun == (2 * blocks if at < blocks else 2 * blocks - at)
     for index in range(blocks):
         assert all(torch.equal(each, expected(index)[name]) for name, each in found(index).items())
-    again = _Interrupt()
+    again = Interrupt()
     measure_guidance(_walk(folder), Loss(), tmp_path / "cut", again)
     assert again.begun == 0
 

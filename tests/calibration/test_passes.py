@@ -241,7 +241,7 @@ def test_behind_the_original_blocks_every_layer_sees_what_pass_1_saw(
     for step in original.steps():
         step.run()
     assert torch.equal(walk.logits(), original.logits())
-    stored = stored_logits(walk.beginning(64), recipe, store)
+    stored = stored_logits(walk.beginning(1, 64), recipe, store)
     assert (stored - original.logits()).abs().max() > 0.1, "two bits do change a model"
     again, resumed = _walk(tiny_model_folder(family)), _Memory()
     resumed.blocks = {0: store.blocks[0], 1: store.blocks[1]}
@@ -254,7 +254,7 @@ def test_stored_blocks_end_in_the_logits_of_the_walk_that_rounded_them(family: s
     walk, store = _walk(tiny_model_folder(family), batch_size=1), _Memory()
     quantize(walk, _recipe(walk), store, Callback())
     again = _walk(tiny_model_folder(family))
-    assert torch.equal(stored_logits(again.beginning(64), _recipe(walk), store), walk.logits())
+    assert torch.equal(stored_logits(again.beginning(1, 64), _recipe(walk), store), walk.logits())
 
 
 class _Keeping(GPTAQ):

@@ -1,7 +1,7 @@
 """What the loss makes of rounding, against the gradients of the whole model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from aptq.metrics.output import Output
 from aptq.models import open_model
 from aptq.quantizers.nearest import Nearest
 from aptq.settings import ModelSettings
+from tests.calibration.interrupt import Interrupt, Interrupted
 
 OPTIONS = (Option(2, 32), Option(4, 32))
 ROUNDING = Rounding(quantizer=Nearest(), format=Integer(), errors=OPTIONS)
@@ -146,28 +147,12 @@ def test_loss_changes_are_quadratic_and_linear_in_the_difference() -> None:
     assert twice.tolist() == pytest.approx((torch.tensor([4, 4, 2]) * once).tolist())
 
 
-class _Interrupted(Exception):
-    pass
-
-
-@dataclass
-class _Interrupt(Callback):
-    at: int = -1
-    begun: int = 0
-
-    def on_advance(self, *, stage: str, done: float, detail: str) -> None:
-        assert stage == "gradients"
-        if self.begun == self.at:
-            raise _Interrupted
-        self.begun += 1
-
-
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_an_interrupted_pass_goes_on(at: int, tiny_model_folder: Folder, tmp_path: Path) -> None:
     folder, metric = tiny_model_folder("llama"), Output(samples=2)
     expected = _score(_walk(folder), tmp_path / "whole", metric)
-    with pytest.raises(_Interrupted):
-        _score(_walk(folder), tmp_path / "cut", metric, _Interrupt(at=at))
+    with pytest.raises(Interrupted):
+        _score(_walk(folder), tmp_path / "cut", metric, Interrupt(at=at))
     assert _score(_walk(folder), tmp_path / "cut", metric) == expected
 
 
@@ -175,7 +160,7 @@ def test_statistics_that_are_gone_are_measured_anew(tiny_model_folder: Folder, t
     folder, metric = tiny_model_folder("llama"), Output(samples=2)
     expected = _score(_walk(folder), tmp_path / "whole", metric)
     blocks = len(_walk(folder).source.block_names)
-    with pytest.raises(_Interrupted):
-        _score(_walk(folder), tmp_path / "cut", metric, _Interrupt(at=2 * blocks - 1))
+    with pytest.raises(Interrupted):
+        _score(_walk(folder), tmp_path / "cut", metric, Interrupt(at=2 * blocks - 1))
     next((tmp_path / "cut" / "scored").rglob("*.json")).unlink()
     assert _score(_walk(folder), tmp_path / "cut", metric) == expected

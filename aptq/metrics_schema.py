@@ -1,0 +1,75 @@
+"""The shape of ``metrics.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from aptq.errors import AptqError
+
+
+def check_metrics(metrics: Mapping[str, Any]) -> None:
+    """Hold metrics against the schema of ``metrics.json``.
+
+    ``perplexity`` and ``baseline_perplexity`` map text names to figures (null: not finite), and other evaluators add
+    mappings of their own. Optional are ``samples`` and ``audit``.
+
+    Raises:
+        AptqError: names every key that is missing or holds the wrong kind of value.
+    """
+    faults = [f"{key} is missing" for key in _SCHEMA if key not in metrics]
+    for key, value in metrics.items():
+        kind, fits = _SCHEMA.get(key) or _OPTIONAL.get(key) or _MEASURE
+        if not fits(value):
+            faults.append(f"{key} must be {kind}, got {value!r:.80}")
+    if faults:
+        raise AptqError(f"These are no metrics of a run: {'; '.join(faults)}.")
+
+
+def finite(value: Any) -> Any:
+    """Return a value as JSON can hold it: figures that are not finite as None."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and value - value != 0 else value
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _object(value: Any, fits: Callable[[Any], bool], *keys: str) -> bool:
+    """Say whether a value is a mapping to values that fit, with exactly these keys where any are given."""
+    return isinstance(value, Mapping) and all(map(fits, value.values())) and (not keys or set(value) == set(keys))
+
+
+def _is_measure(value: Any) -> bool:
+    return _object(value, lambda item: item is None or _number(item))
+
+
+def _is_samples(value: Any) -> bool:
+    keys = ("prompt", "original", "quantized")
+    return isinstance(value, list) and all(_object(item, lambda text: isinstance(text, str), *keys) for item in value)
+
+
+_Rule = tuple[str, Callable[[Any], bool]]
+_MEASURE: _Rule = ("an object of numbers by text", _is_measure)
+_SCHEMA: dict[str, _Rule] = {
+    "perplexity": _MEASURE,
+    "baseline_perplexity": _MEASURE,
+    "bits": ('{"code": number, "storage": number}', lambda value: _object(value, _number, "code", "storage")),
+    "bytes": ('{"model": int, "original": int}', lambda value: _object(value, _count, "model", "original")),
+    "seconds": ("an object of numbers by stage", lambda value: _object(value, _number)),
+    "peak_rss_bytes": ("a whole number", _count),
+    "peak_device_bytes": ("a whole number or null", lambda value: value is None or _count(value)),
+    "versions": ("an object", lambda value: isinstance(value, Mapping)),
+}
+_OPTIONAL: dict[str, _Rule] = {
+    "audit": ('{"spearman", "slope", "plans"}', lambda value: isinstance(value, Mapping)),
+    "samples": ('a list of {"prompt", "original", "quantized"}', _is_samples),
+}
