@@ -81,9 +81,14 @@ def test_the_two_differ_in_size() -> None:
     small, large = _config(), _config(experiment="paper_llama7b")
     assert (small.data.num_samples, small.data.sequence_length) == (16, 512)
     assert (large.data.num_samples, large.data.sequence_length) == (128, 2048)
-    ours = {"aptq_loss_75": ["experiment=aptq_loss", "allocator.ratio=0.75"]}
-    ours["aptq_loss_50"] = ["experiment=aptq_loss", "allocator.ratio=0.5"]
-    assert small.rows == {**large.rows, **ours}
+    assert large.rows.items() <= small.rows.items()
+    shares = {round(100 * compose([f"experiment={each.row}"]).allocator.ratio) for each in FIGURE_2}
+    blocks = [(share, keep) for share in shares - {100} for keep in ("first", "last", "alternating")]
+    families = {*(f"aptq_loss_{share}" for share in shares)}
+    families |= {f"manual_blockwise_{share}_{keep}" for share, keep in blocks}
+    assert families == {name for name in small.rows if name.startswith(("aptq_loss", "manual"))}
+    for name in families:
+        assert f"_{compose(small.rows[name]).allocator.ratio * 100:.0f}" in name
     assert list(rows_of(large)) == list(large.rows)
     assert (CONF / "experiment" / "paper.yaml").is_file()
 
