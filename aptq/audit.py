@@ -12,9 +12,9 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from aptq.allocators.choices import Choices, stored_sizes
+from aptq.allocators.perturbation import perturbation
 from aptq.allocators.relaxation import relaxed
 from aptq.api import Allocation, Option
-from aptq.names import place
 
 _log = logging.getLogger(__name__)
 
@@ -52,18 +52,12 @@ def candidates(problem: Allocation, chosen: Mapping[str, Option], count: int, se
 
 
 def _random_plan(problem: Allocation, limit: int, rng: np.random.Generator, spread: float) -> dict[str, Option]:
-    names, options = list(problem.shapes), list(problem.options)
-    depths, kinds = zip(*(place(name) for name in names), strict=True)
-    last = max((depth for depth in depths if depth is not None), default=0) or 1
-    of_kind = {kind: rng.normal(0, spread) for kind in dict.fromkeys(kinds)}
-    tilt = rng.normal(0, spread)
-    loudness = np.array(
-        [of_kind[kind] + tilt * (2 * (depth or 0) / last - 1) for kind, depth in zip(kinds, depths, strict=True)]
-    ) + rng.normal(0, spread, len(names))
-    weights = np.array([problem.num_weights(name) for name in names])
+    sensitivities = np.exp(spread * perturbation(problem, rng))
+    units, options = problem.units(), list(problem.options)
+    weights = np.array([sum(map(problem.num_weights, unit)) for unit in units])
     noise = 4.0 ** -np.array([option.bits for option in options], dtype=np.float64)
-    costs = np.exp(loudness)[:, None] * weights[:, None] * noise
-    table = Choices(names=names, options=options, costs=costs, sizes=stored_sizes(problem), limit=limit)
+    costs = (sensitivities * weights)[:, None] * noise
+    table = Choices(units=units, options=options, costs=costs, sizes=stored_sizes(problem), limit=limit)
     return table.plan(relaxed(table)[0])
 
 

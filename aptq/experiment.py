@@ -19,7 +19,7 @@ from aptq.finished import job_of, open_for_use
 from aptq.pipeline import Experiment, quantize_model
 from aptq.run import Run
 from aptq.settings import DataSettings, ModelSettings, RunSettings
-from aptq.targets import get_target
+from aptq.targets import fuses, get_target
 from aptq.tracking import LoggerCallback
 from aptq.typed import convert
 
@@ -49,6 +49,7 @@ def build_experiment(config: DictConfig) -> Experiment:
     """
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     run = to_settings(RunSettings, plain["run"], "run")
+    target = get_target(plain["target"])
     fabric = launch(plain)
     loggers = [registry.build("logger", plain["logger"], save_dir=Path(run.dir))] if plain.get("logger") else []
     return Experiment(
@@ -57,7 +58,8 @@ def build_experiment(config: DictConfig) -> Experiment:
         run=run,
         **{kind: registry.build(group, plain[group]) for kind, group in _COMPONENTS.items()},
         evaluator=registry.build("evaluator", plain["evaluator"]) if plain.get("evaluator") else None,
-        target=get_target(plain["target"]),
+        target=target,
+        fused=fuses(target, convert(plain["fused"], bool | None, "fused")),
         backend=_backend(plain["backend"]),
         fabric=fabric,
         callbacks=build_callbacks(plain, fabric, loggers),

@@ -34,9 +34,10 @@ from aptq.data import calibration_samples
 from aptq.files import new_folder
 from aptq.judge import STAGE as EVALUATE
 from aptq.judge import Judge, memory, versions
+from aptq.measurement import measured
 from aptq.models import ModelSource, open_model
 from aptq.plan import Plan
-from aptq.planning import average_bits, budget, make_plan, measured
+from aptq.planning import average_bits, budget, make_plan
 from aptq.preflight import check_model, preflight
 from aptq.run import Run
 from aptq.settings import DataSettings, ModelSettings, RunSettings
@@ -73,6 +74,7 @@ class Experiment:
     measure_bits: int | None = None  # of the blocks that pass 1 leaves behind it; None: full precision
     true_sequential: bool = True
     prefix: str = "quantized"
+    fused: bool = False  # layers that are run as one share an option
     baseline: bool = True
     num_samples: int = 2  # continuations shown in the report
     cache_dir: Path = field(default_factory=lambda: Path("~/.cache/aptq").expanduser())

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from aptq.api import Allocation, Format, LayerStatistics, LossMetric, Option
+from aptq.api import Allocation, AptqError, Format, MeasuringAllocator, Option
 from aptq.audit import CHOSEN, audit, candidates, preferred
-from aptq.calibration.divergence import STAGE as AUDIT
-from aptq.calibration.divergence import measure_divergence
-from aptq.calibration.guidance import STAGE as GRADIENTS
-from aptq.calibration.measure import STAGE as MEASURE
-from aptq.calibration.measure import Rounding, measure
 from aptq.calibration.quantize import storage_bits
-from aptq.calibration.roundings import Roundings
-from aptq.calibration.score import score
-from aptq.calibration.statistics import StatisticsCache, code_fingerprint, content_key
+from aptq.fusion import fused_groups
+from aptq.measurement import AUDIT, SEARCH, Measurement
 from aptq.names import place
 from aptq.plan import Plan
 
@@ -38,24 +33,20 @@ def make_plan(
     Returns:
         the plan; the problem that it solves; and the audit's figures (``aptq.audit.audit``), if there was one.
     """
-    problem = _problem(experiment, walk, stages, options)
-    with stages("allocate"):
-        layers: Mapping[str, Option] = experiment.allocator.allocate(problem)
+    shapes = walk.source.layer_shapes()
+    fused = fused_groups(shapes) if experiment.fused else []
+    measurement = Measurement(experiment, walk, stages, options, fused)
+    problem = _problem(experiment, walk, measurement, options, fused)
+    layers: Mapping[str, Option] = _allocated(experiment, problem, measurement, stages)
     figures, replaced = None, False
     if experiment.audit:
         audited = candidates(problem, layers, experiment.audit, experiment.data.seed)
-        with stages(AUDIT, walk.source.num_steps, "block"):
-            measured = measure_divergence(
-                walk,
-                experiment.estimator,
-                Rounding(quantizer=experiment.quantizer, format=experiment.format),
-                [each.plan for each in audited],
-                num_samples=_AUDITED_SAMPLES,
-                callbacks=experiment.callbacks,
-            )
+        with measurement.judge(AUDIT, _AUDITED_SAMPLES, calls=1) as judge:
+            measured = judge([each.plan for each in audited])
         figures = audit(problem, audited, measured)
         taken = preferred(audited, measured)
         layers, replaced = taken.plan, taken.kind != CHOSEN
+    measurement.forget()
     costs = {name: problem.costs[name][option] for name, option in layers.items()} if problem.costs else {}
     plan = Plan(
         layers=layers,
@@ -65,18 +56,21 @@ def make_plan(
             **({"audit": "the same bits everywhere were measured to be better"} if replaced else {}),
         },
         predicted_cost=sum(costs.values()) if costs else None,
+        fused_groups=fused,
         layer_costs=costs,
     )
     return plan, problem, figures
 
 
-def _problem(experiment: Experiment, walk: Walk, stages: Stages, options: Sequence[Option]) -> Allocation:
+def _problem(
+    experiment: Experiment, walk: Walk, measurement: Measurement, options: Sequence[Option], fused: list[list[str]]
+) -> Allocation:
     """Measure what each layer costs at each option, where the allocator needs it."""
     source = walk.source
     shapes = source.layer_shapes()
     costs: dict[str, dict[Option, float]] = {}
     if experiment.allocator.needs_costs:
-        statistics = _statistics(experiment, walk, stages, options)
+        statistics = measurement.statistics()
         costs = with_unseen(
             {name: {option: experiment.metric.cost(statistics[name], option) for option in options} for name in shapes}
         )
@@ -84,7 +78,37 @@ def _problem(experiment: Experiment, walk: Walk, stages: Stages, options: Sequen
         name: {option: storage_bits(experiment.format, option, shape) for option in options}
         for name, shape in shapes.items()
     }
-    return Allocation(shapes=shapes, options=options, costs=costs, storage_bits=sizes, other_bytes=source.other_bytes)
+    return Allocation(
+        shapes=shapes, options=options, costs=costs, storage_bits=sizes, other_bytes=source.other_bytes, fused=fused
+    )
+
+
+def _allocated(
+    experiment: Experiment, problem: Allocation, measurement: Measurement, stages: Stages
+) -> dict[str, Option]:
+    """Return the allocator's plan, in the order of the model.
+
+    Raises:
+        AptqError: the allocator is one of a plug-in that splits a fused group or leaves a layer out.
+    """
+    allocator = experiment.allocator
+    if isinstance(allocator, MeasuringAllocator):
+        with measurement.judge(SEARCH, allocator.samples, calls=allocator.calls) as judge:
+            plan = allocator.allocate(replace(problem, judge=judge))
+    else:
+        with stages("allocate"):
+            plan = allocator.allocate(problem)
+    name = experiment.config["allocator"]["name"]
+    for layer in problem.shapes:
+        if plan.get(layer) not in problem.options:
+            raise AptqError(f"allocator={name} gives {layer} {plan.get(layer)}, which is none of {problem.options}.")
+    for group in problem.fused:
+        if len({plan[layer] for layer in group}) > 1:
+            raise AptqError(
+                f"allocator={name} gives different options to {', '.join(group)}, which are to share one (fused=true, "
+                f"or target={experiment.target.name}); use an allocator that sees to it, such as knapsack."
+            )
+    return {layer: plan[layer] for layer in problem.shapes}
 
 
 def with_unseen(costs: Mapping[str, Mapping[Option, float]]) -> dict[str, dict[Option, float]]:
@@ -127,74 +151,3 @@ def average_bits(format: Format, shapes: Mapping[str, tuple[int, int]], plan: Ma
     code = sum(option.bits * weights[name] for name, option in plan.items())
     storage = sum(storage_bits(format, option, shapes[name]) for name, option in plan.items())
     return {"code": code / sum(weights.values()), "storage": storage / sum(weights.values())}
-
-
-def _statistics(
-    experiment: Experiment, walk: Walk, stages: Stages, options: Sequence[Option]
-) -> Mapping[str, LayerStatistics]:
-    """Return what the metric goes by, from the cache where it is known."""
-    metric, prefix = experiment.metric, experiment.measure_option
-    errors = options if metric.needs_errors else ()
-    rounded = [experiment.config["quantizer"], experiment.config["format"], errors, prefix]
-    parts = {**measured(experiment, walk), "rounding": rounded if errors or prefix else None}
-    rounding = Rounding(quantizer=experiment.quantizer, format=experiment.format, errors=errors, prefix=prefix)
-    if not isinstance(metric, LossMetric):
-        return _measure(experiment, walk, stages, rounding, content_key(parts))
-    loss = [metric.labels, metric.seed, metric.samples]
-    cache = StatisticsCache(experiment.cache_dir / "statistics", content_key({**parts, "loss": loss}))
-    found = cache.load_all(walk.source.num_steps)
-    if found is None:
-        roundings = Roundings(experiment.cache_dir / "roundings" / content_key(parts), experiment.fabric)
-        statistics = _measure(experiment, walk, stages, rounding, content_key(parts), roundings)
-        with stages(GRADIENTS, 2 * len(walk.source.block_names), "block"):
-            score(
-                walk,
-                metric,
-                statistics,
-                format=experiment.format,
-                roundings=roundings,
-                cache=cache,
-                callbacks=experiment.callbacks,
-                stage=GRADIENTS,
-            )
-        roundings.remove()
-        found = cache.load_all(walk.source.num_steps)
-    if found is None:
-        raise RuntimeError(f"{cache.folder / cache.key} was emptied while it was being filled")
-    return found
-
-
-def _measure(
-    experiment: Experiment,
-    walk: Walk,
-    stages: Stages,
-    rounding: Rounding,
-    key: str,
-    roundings: Roundings | None = None,
-) -> dict[str, LayerStatistics]:
-    with stages(MEASURE, walk.source.num_steps, "block"):
-        return measure(
-            walk,
-            experiment.estimator,
-            layers=list(walk.source.layer_shapes()),
-            rounding=rounding,
-            cache=StatisticsCache(experiment.cache_dir / "statistics", key),
-            callbacks=experiment.callbacks,
-            roundings=roundings,
-        )
-
-
-def measured(experiment: Experiment, walk: Walk) -> dict[str, Any]:
-    """Return what all that is measured on the calibration samples depends on, for a key of the cache."""
-    return {
-        "model": walk.source.fingerprint(),
-        "code": code_fingerprint(),
-        "samples": samples_key(walk),
-        "hessian": experiment.config["hessian"],
-        "precision": experiment.config["fabric"]["precision"],
-    }
-
-
-def samples_key(walk: Walk) -> str:
-    """Return a digest of all calibration samples."""
-    return content_key({"shape": list(walk.samples.shape), "tokens": walk.samples.tolist()})

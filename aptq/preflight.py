@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from aptq.api import AptqError, DriftEstimator, GroupedAllocator, LossMetric, Option
+from aptq.api import AptqError, DivergenceMetric, DriftEstimator, GroupedAllocator, LossMetric, Option
 from aptq.calibration.quantize import PREFIXES
 from aptq.calibration.rounding import needs_drift
 from aptq.data import check_data, check_length
+from aptq.fusion import fused_groups
 from aptq.plan import Plan, check_plan, read_plan
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ def check_model(experiment: Experiment, source: ModelSource, options: Sequence[O
     experiment.target.check(options, shapes)
     check_length(experiment.data, getattr(source.config, "max_position_embeddings", None))
     if given is not None:
-        check_plan(given, shapes)
+        groups = [*given.fused_groups, *(fused_groups(shapes) if experiment.fused else ())]
+        check_plan(replace(given, fused_groups=groups), shapes)
     if needs_drift(experiment.quantizer) and source.has_experts:
         raise AptqError(
             f"{_asked_for_drift(experiment)}, and in a mixture of experts the two models send a token to different "
@@ -47,10 +50,14 @@ def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
     if needs_drift(experiment.quantizer):
         _check_drift(experiment)
     predicts = experiment.plan_path is None and experiment.allocator.needs_costs
-    if predicts and isinstance(experiment.metric, LossMetric) and experiment.measure_bits is not None:
+    if (
+        predicts
+        and isinstance(experiment.metric, LossMetric | DivergenceMetric)
+        and experiment.measure_bits is not None
+    ):
         raise AptqError(
-            f"measure_bits={experiment.measure_bits}: metric={experiment.config['metric']['name']} needs the gradients "
-            "of the full-precision model, and its blocks as they are; leave measure_bits out, or use another metric."
+            f"measure_bits={experiment.measure_bits}: metric={experiment.config['metric']['name']} goes by the "
+            "full-precision model, and needs its blocks as they are; leave measure_bits out, or use another metric."
         )
     _check_audit(experiment, predicts)
     given = None

@@ -69,3 +69,17 @@ def get_target(name: str) -> Target:
     if name not in targets:
         raise AptqError(f"Unknown target {name!r}.{nearest(name, targets)} Targets: {', '.join(targets)}.")
     return targets[name]
+
+
+def fuses(target: Target, asked: bool | None) -> bool:
+    """Return whether layers that are run as one must share an option: as asked, or as the target needs it.
+
+    Raises:
+        AptqError: the target needs it, and the config says that they need not.
+    """
+    if target.fused and asked is False:
+        raise AptqError(
+            f"fused=false: target={target.name} runs query, key and value (and gate and up) as one, and "
+            "needs one option for them; leave fused out."
+        )
+    return target.fused or bool(asked)

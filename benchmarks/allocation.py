@@ -40,6 +40,13 @@ ROWS: dict[str, list[str]] = {
         *("allocator=knapsack", "allocator.bits=[2,3,4]", "metric=output", "metric.samples=4"),
         *("allocator.group_sizes=[32,64,128]", "allocator.count=storage"),
     ],
+    "output, then measured": ["allocator=measured", "allocator.bits=[2,3,4,8]", "metric=output"],
+    "divergence, a layer at a time (ModelOpt's KL score)": [*_KNAPSACK, "metric=divergence", "metric.last_tokens=128"],
+    "divergence, fused layers together": [
+        *(*_KNAPSACK, "metric=divergence", "metric.last_tokens=128"),
+        "fused=true",
+    ],
+    "output, fused layers together": [*_KNAPSACK, "metric=output", "fused=true"],
     "output, labels of the text (ModelOpt's score)": [*_KNAPSACK, "metric=output", "metric.labels=data"],
     "gradient, absolute (AutoRound's score)": [*_KNAPSACK, "metric=gradient"],
     "gradient, squared": [*_KNAPSACK, "metric=gradient", "metric.form=squared", "metric.labels=model"],

@@ -241,6 +241,52 @@ def test_a_plan_by_the_loss_is_audited_and_on_record(overrides: Callable[..., li
     assert not {"measure", "gradients"} & again.metrics()["seconds"].keys(), "another budget measures nothing"
 
 
+def test_each_layer_alone_and_then_the_plans_themselves_are_measured(overrides: Callable[..., list[str]]) -> None:
+    """The costs are those of single layers; the plan is the best of the measured ones; nothing is measured again."""
+    plans = ["metric=divergence", "allocator=measured", "allocator.bits=[2,3,4]", "allocator.rounds=1"]
+    more = [*plans, "allocator.plans=3", "allocator.budget=3", "evaluator=none", "audit=2"]
+    run = aptq.quantize(overrides(*more))
+    plan, found = run.plan(), run.sensitivity()
+    assert plan is not None
+    assert run.metrics()["bits"]["code"] <= 3
+    assert {"measure", "divergence", "search", "audit"} <= run.metrics()["seconds"].keys()
+    for options in found.values():
+        (_, worst), _, (_, best) = options.values()
+        assert 0 < best < worst
+    audit = run.metrics()["audit"]
+    by_kind = {row["kind"]: row for row in audit["plans"]}
+    assert audit["spearman"] > 0
+    assert by_kind["chosen"]["measured"] <= by_kind["uniform"]["measured"]
+    again = aptq.quantize(overrides(*more[:-1], "allocator.budget=2.5", folder="again"))
+    assert not {"divergence"} & again.metrics()["seconds"].keys(), "another budget measures no layer"
+
+
+def test_fused_layers_share_an_option_and_are_measured_together(
+    overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    more = ["fused=true", "evaluator=none", "allocator=knapsack", "allocator.bits=[2,4]", "allocator.budget=2.9"]
+    run = aptq.quantize(overrides(*more, "metric=divergence"))
+    plan, costs = run.plan(), run.sensitivity()
+    assert plan is not None
+    assert {name.rpartition(".")[2] for group in plan.fused_groups for name in group} == {
+        *("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    }
+    for group in plan.fused_groups:
+        assert len({plan.layers[name] for name in group}) == 1
+    for group in plan.fused_groups:
+        if len(group) == 2:  # gate and up: of one size, and so with one half of the cost each
+            one, other = (list(costs[name].values()) for name in group)
+            assert one == other
+    path = tmp_path / "edited.json"
+    edited = json.loads((run.folder / "plan.json").read_text())
+    edited["layers"][plan.fused_groups[0][0]]["bits"] = 3
+    edited["fused_groups"] = []
+    path.write_text(json.dumps(edited))
+    with pytest.raises(AptqError, match="splits a fused group"):
+        aptq.quantize(overrides("evaluator=none", f"plan={path}", "fused=true", folder="given"))
+    assert aptq.quantize(overrides("evaluator=none", f"plan={path}", folder="given")).plan() is not None
+
+
 def test_group_sizes_are_chosen_too(overrides: Callable[..., list[str]]) -> None:
     more = ["allocator=knapsack", "allocator.bits=[2,3,4]", "allocator.group_sizes=[32,64]", "allocator.count=storage"]
     run = aptq.quantize(overrides(*more, "allocator.budget=3.9"))
@@ -258,7 +304,7 @@ def test_group_sizes_are_chosen_too(overrides: Callable[..., list[str]]) -> None
     [
         (["audit=4", "allocator=uniform"], "allocator=uniform predicts nothing"),
         (["audit=1"], "from 2 up"),
-        (["metric=output", "measure_bits=4"], "needs the gradients of the full-precision model"),
+        (["metric=output", "measure_bits=4"], "goes by the full-precision model"),
         (["allocator=knapsack", "metric=trace"], "knows bits"),
     ],
 )
@@ -390,7 +436,8 @@ def test_two_ranks_measure_behind_the_same_rounded_blocks(overrides: Callable[..
 
 @pytest.mark.distributed
 def test_two_ranks_predict_and_measure_the_same_divergence(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
-    plan = ["evaluator=none", "metric=output", "metric.samples=3", "allocator=knapsack", "quantizer=nearest", "audit=2"]
+    search = ["allocator=measured", "allocator.rounds=1", "allocator.plans=2", "allocator.samples=3"]
+    plan = ["evaluator=none", "metric=output", "metric.samples=3", *search, "quantizer=nearest", "audit=2"]
     aptq.quantize(overrides(*plan, folder="one"))
     _run_on_two_ranks(overrides(*plan, f"cache_dir={tmp_path / 'other'}"))
     one, two = (aptq.Run.read(tmp_path / folder) for folder in ("one", "run"))

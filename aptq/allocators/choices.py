@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,32 +15,34 @@ from aptq.api import Allocation, AptqError, Option
 
 _COUNTS = ("code", "storage", "model")
 _BITS_PER_MEGABYTE = 8_000_000
+_Number = TypeVar("_Number", np.int64, np.float64)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Choices:
-    """An allocation problem as arrays: one row a layer, one column an option.
+    """An allocation problem as arrays: one row a unit (a layer, or layers that share an option), one column an option.
 
-    ``costs [layers, options]``, infinite where an option is not allowed; ``sizes [layers, options]`` in bits;
+    ``costs [units, options]``, infinite where an option is not allowed; ``sizes [units, options]`` in bits;
     ``limit`` is the largest sum of sizes that the budget allows, in bits.
     """
 
-    names: Sequence[str]
+    units: Sequence[Sequence[str]]
     options: Sequence[Option]
     costs: NDArray[np.float64]
     sizes: NDArray[np.int64]
     limit: int
 
     def plan(self, chosen: NDArray[np.int64]) -> dict[str, Option]:
-        """Return the option of each layer by name, from its column (``chosen [layers]``)."""
-        return {name: self.options[column] for name, column in zip(self.names, chosen.tolist(), strict=True)}
+        """Return the option of each layer by name, from the column of its unit (``chosen [units]``)."""
+        columns = chosen.tolist()
+        return {name: self.options[column] for unit, column in zip(self.units, columns, strict=True) for name in unit}
 
     def cost(self, chosen: NDArray[np.int64]) -> float:
-        """Return the sum of the costs of a choice ``[layers]``."""
+        """Return the sum of the costs of a choice ``[units]``."""
         return float(np.take_along_axis(self.costs, chosen[:, None], axis=1).sum())
 
     def size(self, chosen: NDArray[np.int64]) -> int:
-        """Return the sum of the sizes of a choice ``[layers]``, in bits."""
+        """Return the sum of the sizes of a choice ``[units]``, in bits."""
         return int(np.take_along_axis(self.sizes, chosen[:, None], axis=1).sum())
 
 
@@ -82,19 +86,18 @@ def choices(problem: Allocation, budget: float, count: str, pin: Mapping[str, in
         AptqError: nothing is within the budget, with the range that is and what it is owed to; a pattern matches no
             layer; a cost is no number.
     """
-    names, options = list(problem.shapes), list(problem.options)
-    costs = np.array([[problem.costs[name][option] for option in options] for name in names], dtype=np.float64)
-    if not np.isfinite(costs).all():
-        name = names[int(np.argmin(np.isfinite(costs).all(axis=1)))]
-        raise AptqError(f"The metric's costs of {name} are {problem.costs[name]}; a plan needs numbers.")
-    weights = np.array([problem.num_weights(name) for name in names], dtype=np.int64)
+    units, options = problem.units(), list(problem.options)
+    for name in problem.shapes:
+        if not all(math.isfinite(problem.costs[name][option]) for option in options):
+            raise AptqError(f"The metric's costs of {name} are {problem.costs[name]}; a plan needs numbers.")
+    costs = _by_unit(problem, lambda name, option: problem.costs[name][option], np.float64)
     if count == "code":
-        sizes = weights[:, None] * np.array([option.bits for option in options], dtype=np.int64)
+        sizes = _by_unit(problem, lambda name, option: problem.num_weights(name) * option.bits, np.int64)
     else:
         sizes = stored_sizes(problem)
     other = 8 * problem.other_bytes if count == "model" else 0
-    unit = _BITS_PER_MEGABYTE if count == "model" else int(weights.sum())
-    allowed = _allowed(names, options, pin)
+    unit = _BITS_PER_MEGABYTE if count == "model" else problem.total_weights
+    allowed = _allowed(units, options, pin)
     if not np.ptp(costs, axis=1).any() and len(options) > 1:
         raise AptqError(
             "The metric gives each layer the same cost at all bits, so that there is nothing to weigh against size. "
@@ -103,38 +106,49 @@ def choices(problem: Allocation, budget: float, count: str, pin: Mapping[str, in
     smallest = np.where(allowed, sizes, np.iinfo(np.int64).max).min(axis=1).sum() + other
     limit = int(budget * unit * (1 + 1e-9))
     if smallest > limit:
-        _refuse(names, sizes, allowed, pin, other=other, unit=unit, budget=budget, count=count)
+        _refuse(len(problem.shapes), sizes, allowed, pin, other=other, unit=unit, budget=budget, count=count)
     return Choices(
-        names=names, options=options, costs=np.where(allowed, costs, np.inf), sizes=sizes, limit=limit - other
+        units=units, options=options, costs=np.where(allowed, costs, np.inf), sizes=sizes, limit=limit - other
     )
 
 
 def stored_sizes(problem: Allocation) -> NDArray[np.int64]:
-    """Return what each layer stores at each option, ``[layers, options]``, in bits."""
-    rows = [[problem.storage_bits[name][option] for option in problem.options] for name in problem.shapes]
-    return np.array(rows, dtype=np.int64)
+    """Return what each unit stores at each option, ``[units, options]``, in bits."""
+    return _by_unit(problem, lambda name, option: problem.storage_bits[name][option], np.int64)
 
 
-def _allowed(names: Sequence[str], options: Sequence[Option], pin: Mapping[str, int]) -> NDArray[np.bool_]:
-    """Return ``[layers, options]``: which options the pins leave."""
-    allowed = np.ones((len(names), len(options)), dtype=bool)
+def _by_unit(problem: Allocation, figure: Callable[[str, Option], float], dtype: type[_Number]) -> NDArray[_Number]:
+    """Return a figure of each layer at each option, added up over units: ``[units, options]``."""
+    rows = [[sum(figure(name, option) for name in unit) for option in problem.options] for unit in problem.units()]
+    return np.array(rows, dtype=dtype)
+
+
+def _allowed(units: Sequence[Sequence[str]], options: Sequence[Option], pin: Mapping[str, int]) -> NDArray[np.bool_]:
+    """Return ``[units, options]``: which options the pins leave."""
+    widths = np.array([option.bits for option in options])
+    allowed = np.ones((len(units), len(options)), dtype=bool)
     unused = set(pin)
-    for row, name in zip(allowed, names, strict=True):
-        for pattern, bits in pin.items():
-            if fnmatchcase(name, pattern):
+    for row, unit in zip(allowed, units, strict=True):
+        for name in unit:
+            pattern = next((each for each in pin if fnmatchcase(name, each)), None)
+            if pattern is not None:
                 unused.discard(pattern)
-                row &= np.array([option.bits == bits for option in options])
-                break
+                row &= widths == pin[pattern]
+        if not row.any():
+            raise AptqError(
+                f"allocator.pin gives different bits to {', '.join(unit)}, which are stored as one. Give them the same."
+            )
     if unused:
+        name = units[0][0]
         raise AptqError(
             f"allocator.pin: no layer is left for {', '.join(map(repr, sorted(unused)))}; "
-            f"a layer's name is for example {names[0]!r}, and patterns match all of it ('*.{names[0].split('.')[-1]}')."
+            f"a layer's name is for example {name!r}, and patterns match all of it ('*.{name.split('.')[-1]}')."
         )
     return allowed
 
 
 def _refuse(
-    names: Sequence[str],
+    layers: int,
     sizes: NDArray[np.int64],
     allowed: NDArray[np.bool_],
     pin: Mapping[str, int],
@@ -159,7 +173,7 @@ def _refuse(
             ", or larger groups (format.group_size), whose scales count too." if count != "code" else "."
         )
     raise AptqError(
-        f"allocator.budget={budget:g} ({_unit(count)}) cannot be kept: these {len(names)} layers take between "
+        f"allocator.budget={budget:g} ({_unit(count)}) cannot be kept: these {layers} layers take between "
         f"{low:.4g} and {high:.4g}.{blame}"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aptq.allocators.share import check_share, room
@@ -37,17 +38,21 @@ class Ratio:
         """Fill the high share in the order of falling score (ties in the order of the model)."""
         by_bits = {option.bits: option for option in problem.options}
         low, high = by_bits[self.low], by_bits[self.high]
+        units = problem.units()
+        scores = self._scores(problem, units, low, high) if self.needs_costs else [0.0] * len(units)
         plan = dict.fromkeys(problem.shapes, low)
         left = room(self.ratio, problem)
-        scores = self._scores(problem, low, high) if self.needs_costs else dict.fromkeys(plan, 0.0)
-        for name in sorted(plan, key=lambda name: -scores[name]):
-            if problem.num_weights(name) <= left:
-                plan[name] = high
-                left -= problem.num_weights(name)
+        for at in sorted(range(len(units)), key=lambda at: -scores[at]):
+            size = sum(map(problem.num_weights, units[at]))
+            if size <= left:
+                plan.update(dict.fromkeys(units[at], high))
+                left -= size
         return plan
 
-    def _scores(self, problem: Allocation, low: Option, high: Option) -> dict[str, float]:
-        costs = problem.costs
+    def _scores(self, problem: Allocation, units: Sequence[Sequence[str]], low: Option, high: Option) -> list[float]:
+        costs, size = problem.costs, problem.num_weights
         if all(costs[name][low] == costs[name][high] for name in problem.shapes):
-            return {name: costs[name][low] for name in problem.shapes}
-        return {name: (costs[name][low] - costs[name][high]) / problem.num_weights(name) for name in problem.shapes}
+            saved = [sum(costs[name][low] * size(name) for name in unit) for unit in units]
+        else:
+            saved = [sum(costs[name][low] - costs[name][high] for name in unit) for unit in units]
+        return [each / sum(map(size, unit)) for each, unit in zip(saved, units, strict=True)]

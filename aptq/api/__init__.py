@@ -15,10 +15,13 @@ across layers; costs of different estimators are not.
 from aptq.api.allocation import (
     Allocation,
     Allocator,
+    DivergenceMetric,
     GroupedAllocator,
     LayerStatistics,
     LossChange,
     LossMetric,
+    MeasuringAllocator,
+    PlanJudge,
     SensitivityMetric,
 )
 from aptq.api.curvature import (
@@ -75,6 +78,7 @@ __all__ = [
     "Callback",
     "Curvature",
     "CurvatureSum",
+    "DivergenceMetric",
     "DriftEstimator",
     "DriftObserver",
     "DriftQuantizer",
@@ -96,7 +100,9 @@ __all__ = [
     "LayerStatistics",
     "LossChange",
     "LossMetric",
+    "MeasuringAllocator",
     "Option",
+    "PlanJudge",
     "Quantizer",
     "QuantizedWeight",
     "Rounded",

@@ -32,6 +32,9 @@ class LayerStatistics:
     layer rounded at that option, in the same unit, and ``distances[option]`` the sum of its squared weight differences;
     both are empty unless a metric asked for them with ``needs_errors``.
     ``loss_changes[option]`` is what the loss makes of it; empty unless a ``LossMetric`` asked.
+    ``divergences[option]`` is the Kullback-Leibler divergence, in nats per token, that the model's predictions are
+    measured to have when this layer alone is rounded; where layers share an option (``Allocation.fused``), the layer's
+    share by weights of what they have together. Empty unless a ``DivergenceMetric`` asked.
     """
 
     name: str
@@ -41,6 +44,7 @@ class LayerStatistics:
     errors: Mapping[Option, float] = field(default_factory=dict)
     distances: Mapping[Option, float] = field(default_factory=dict)
     loss_changes: Mapping[Option, LossChange] = field(default_factory=dict)
+    divergences: Mapping[Option, float] = field(default_factory=dict)
 
     @property
     def num_weights(self) -> int:
@@ -81,15 +85,47 @@ class LossMetric(SensitivityMetric, Protocol):
         """How many of the calibration samples are run backwards; all where there are no more."""
 
 
+@runtime_checkable
+class DivergenceMetric(SensitivityMetric, Protocol):
+    """A metric that asks the model itself, with one layer rounded at a time; fills ``LayerStatistics.divergences``."""
+
+    @property
+    def samples(self) -> int:
+        """How many of the calibration samples the model is asked about; all where there are no more."""
+
+    @property
+    def last_tokens(self) -> int | None:
+        """Of each sample, how many predictions are compared, from its end; None for all."""
+
+
+class PlanJudge(Protocol):
+    """What plans do to the model's predictions: measured, not predicted."""
+
+    def __call__(self, plans: Sequence[Mapping[str, Option]]) -> list[float]:
+        """Return each plan's divergence from the original's predictions, in nats per token; infinite if not finite.
+
+        Side by side they take less time than one after the other. A layer that a plan does not name stays as it was.
+        """
+
+    @property
+    def seconds(self) -> float:
+        """Time that the calls have taken so far; the same on all ranks."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """The problem an allocator solves: layers, their options, what each costs and takes."""
+    """The problem an allocator solves: layers, their options, what each costs and takes.
+
+    Layers of one of the groups in ``fused`` must get the same option: the one who runs the model runs them as one.
+    """
 
     shapes: Mapping[str, tuple[int, int]]  # layer -> (out, in), in the order of the model
     options: Sequence[Option]
     costs: Mapping[str, Mapping[Option, float]]  # empty when the allocator needs none
     storage_bits: Mapping[str, Mapping[Option, int]]  # everything the disk sees: codes, scales, zeros
     other_bytes: int = 0  # of the tensors of the model that are not quantized
+    fused: Sequence[Sequence[str]] = ()
+    judge: PlanJudge | None = None  # for a ``MeasuringAllocator``
 
     def num_weights(self, name: str) -> int:
         """Weights of one layer."""
@@ -100,6 +136,12 @@ class Allocation:
     def total_weights(self) -> int:
         """Weights of all layers."""
         return sum(self.num_weights(name) for name in self.shapes)
+
+    def units(self) -> list[list[str]]:
+        """Return all layers, those that share an option together, in the order of the model."""
+        together = {name: list(group) for group in self.fused for name in group}
+        units = [together.get(name, [name]) for name in self.shapes]
+        return [unit for unit, name in zip(units, self.shapes, strict=True) if unit[0] == name]
 
     def blocks(self) -> list[list[str]]:
         """Return the names of each block's layers, from the first block to the last.
@@ -126,7 +168,7 @@ class Allocator(Protocol):
         """Return the bits to choose among. Raise ``AptqError`` when the options contradict each other."""
 
     def allocate(self, problem: Allocation) -> dict[str, Option]:
-        """Return an option for every layer, within the budget."""
+        """Return an option for every layer, within the budget, and one for all layers of a fused group."""
 
 
 @runtime_checkable
@@ -136,3 +178,16 @@ class GroupedAllocator(Allocator, Protocol):
     @property
     def group_sizes(self) -> Sequence[int]:
         """Group sizes to choose among; the format's own where there are none."""
+
+
+@runtime_checkable
+class MeasuringAllocator(Allocator, Protocol):
+    """An allocator that has plans measured: ``Allocation.judge`` is there for it."""
+
+    @property
+    def samples(self) -> int:
+        """How many of the calibration samples plans are measured on; all where there are no more."""
+
+    @property
+    def calls(self) -> int:
+        """How often it asks the judge, at most: for the display."""

@@ -70,6 +70,7 @@ def _to_json(entry: LayerStatistics) -> dict[str, Any]:
         "errors": _by_option_to_json(entry.errors),
         "distances": _by_option_to_json(entry.distances),
         "loss_changes": _by_option_to_json(changes),
+        "divergences": _by_option_to_json(entry.divergences),
     }
 
 
@@ -83,6 +84,7 @@ def _from_json(row: Mapping[str, Any]) -> LayerStatistics:
         errors=_by_option_from_json(row["errors"]),
         distances=_by_option_from_json(row["distances"]),
         loss_changes={option: LossChange(**change) for option, change in changes.items()},
+        divergences=_by_option_from_json(row["divergences"]),
     )
 
 

@@ -161,16 +161,20 @@ class Walk:
         with stand_ins, self.autocast():
             return self.source.model(input_ids=batch, use_cache=False, **options)
 
-    def finish(self, number: int, hidden: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def finish(
+        self, number: int, hidden: Tensor, last_tokens: int | None = None
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Run what lies behind the blocks, a sample at a time: yield its number, its tokens and its logits.
 
         Args:
             number: of this rank's batch.
             hidden: ``[samples, tokens, width]``, what the blocks make of the batch; gradients go through.
+            last_tokens: so many of each sample are run, from its end; all by default.
         """
+        few = slice(None if last_tokens is None else -last_tokens, None)
         for place, sample in enumerate(self._numbers[number]):
-            tokens = self._batches[number][place : place + 1]
-            yield sample, tokens, self._run_around(tokens, hidden[place : place + 1]).logits
+            tokens = self._batches[number][place : place + 1, few]
+            yield sample, tokens, self._run_around(tokens, hidden[place : place + 1, few]).logits
 
     def inputs(self, index: int, hidden: Sequence[Tensor]) -> list[BlockInputs]:
         """Return what a block is called with, batch by batch."""

@@ -109,6 +109,11 @@ class ModelSource:
         """Return ``(out, in)`` of every layer to quantize, by full name, in the order of the model."""
         return {name: layer.shape for layers in self._layers.values() for name, layer in layers.items()}
 
+    def layers_by_step(self) -> list[list[str]]:
+        """Return the names of the layers to quantize of each step of a walk: every block, and the head if it is one."""
+        steps = (*self.block_names, *(() if self._head is None else (self._head.name,)))
+        return [list(self._layers[name]) for name in steps]
+
     @property
     def other_bytes(self) -> int:
         """Bytes of the parameters that are not among the weights of ``layer_shapes``; of a tied head, the embedding."""

@@ -5,9 +5,19 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from aptq.api import Allocation, Allocator, AptqError, LayerStatistics, LossChange, Option, SensitivityMetric
+from aptq.api import (
+    Allocation,
+    Allocator,
+    AptqError,
+    LayerStatistics,
+    LossChange,
+    MeasuringAllocator,
+    Option,
+    SensitivityMetric,
+)
 from aptq.testing.assertions import expect
 
 __all__ = ["check_allocator", "check_metric", "random_problem"]
@@ -47,14 +57,21 @@ def _statistics(
     changes = {option: LossChange(channels=each, tokens=2 * each, absolute=9 * each) for option, each in errors.items()}
     distances = {option: shape[0] * shape[1] * 4.0**-option.bits for option in errors}
     return LayerStatistics(
-        name=name, shape=shape, tokens=64, trace=trace, errors=errors, distances=distances, loss_changes=changes
+        name=name,
+        shape=shape,
+        tokens=64,
+        trace=trace,
+        errors=errors,
+        distances=distances,
+        loss_changes=changes,
+        divergences=errors,
     )
 
 
 def check_allocator(allocator: Allocator, *, average_bits: float | None = None) -> None:
-    """Check an allocator on seeded problems, a single layer and costs that are equal at all bits among them.
+    """Check an allocator on seeded problems: a single layer, fused ones, and costs that are equal at all bits.
 
-    The latter it may refuse with ``AptqError``.
+    The latter it may refuse with ``AptqError``. One that measures is given a judge that finds the costs to be right.
 
     Args:
         allocator: the component.
@@ -73,18 +90,41 @@ def check_allocator(allocator: Allocator, *, average_bits: float | None = None) 
     )
     for num_layers in (1, 2, 7, 40):
         for seed, flat in ((0, False), (1, False), (2, True)):
-            problem = random_problem(bits, num_layers, seed, flat=flat, with_costs=allocator.needs_costs)
+            problem = random_problem(
+                bits, num_layers, seed, flat=flat, with_costs=allocator.needs_costs, per_block=3 if seed == 1 else 1
+            )
+            if seed == 1:
+                problem = replace(problem, fused=[block[:2] for block in problem.blocks() if len(block) > 1])
+            if isinstance(allocator, MeasuringAllocator):
+                problem = replace(problem, judge=CostJudge(problem.costs))
             try:
                 _check_allocation(allocator, problem, average_bits, f"{num_layers} layers, seed {seed}")
             except AptqError:  # it may need costs that know bits
                 expect(flat, f"{num_layers} layers, seed {seed}: the problem is refused.")
 
 
-def random_problem(bits: Sequence[int], num_layers: int, seed: int, *, flat: bool, with_costs: bool) -> Allocation:
+@dataclass
+class CostJudge:
+    """A judge (``aptq.api.PlanJudge``) by whom a plan diverges as its layers' costs add up to."""
+
+    costs: Mapping[str, Mapping[Option, float]]
+    seconds: float = field(default=0.0, compare=False)
+    asked: list[Mapping[str, Option]] = field(default_factory=list, compare=False)
+
+    def __call__(self, plans: Sequence[Mapping[str, Option]]) -> list[float]:
+        """Return the sums."""
+        self.asked += plans
+        return [math.fsum(self.costs[name][option] for name, option in plan.items()) for plan in plans]
+
+
+def random_problem(
+    bits: Sequence[int], num_layers: int, seed: int, *, flat: bool, with_costs: bool, per_block: int = 1
+) -> Allocation:
     """Return a seeded problem; ``flat`` ones have costs that do not depend on the option, as a trace has."""
     rng = random.Random(seed)
     options = [Option(bits=width, group_size=_GROUP_SIZE) for width in bits]
-    shapes = {f"model.layers.{i}.linear": (rng.choice(_WIDTHS), rng.choice(_WIDTHS)) for i in range(num_layers)}
+    names = [f"model.layers.{i // per_block}.linear{i % per_block or ''}" for i in range(num_layers)]
+    shapes = {name: (rng.choice(_WIDTHS), rng.choice(_WIDTHS)) for name in names}
     weights = {name: out_features * in_features for name, (out_features, in_features) in shapes.items()}
     loudness = {name: rng.choice([1.0, math.exp(rng.gauss(0, 3))]) for name in shapes}
     costs = {
@@ -107,6 +147,10 @@ def _check_allocation(allocator: Allocator, problem: Allocation, average_bits: f
     for name, option in plan.items():
         expect(option in problem.options, f"{case}: {name} gets {option}, which is none of {list(problem.options)}.")
     expect(allocator.allocate(before) == plan, f"{case}: the plan of a second call differs.")
+    for group in problem.fused:
+        expect(
+            len({plan[name] for name in group}) == 1, f"{case}: the fused layers {list(group)} get different options."
+        )
     if average_bits is not None:
         average = sum(problem.num_weights(name) * option.bits for name, option in plan.items()) / problem.total_weights
         expect(

@@ -65,3 +65,18 @@ def test_costs_that_are_blind_to_bits_are_refused() -> None:
 def test_options_that_contradict_each_other_are_refused(options: dict, message: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(AptqError, match=message):
         Knapsack(**options)
+
+
+def test_layers_that_share_an_option_are_chosen_for_together() -> None:
+    problem = random_problem((2, 3, 4), 12, 0, flat=False, with_costs=True)
+    names = list(problem.shapes)
+    fused = replace(problem, fused=[names[:3], names[5:7]])
+    free, together = (Knapsack(bits=(2, 3, 4), budget=3).allocate(each) for each in (problem, fused))
+    for group in fused.fused:
+        assert len({together[name] for name in group}) == 1
+    costs = [sum(problem.costs[name][option] for name, option in plan.items()) for plan in (free, together)]
+    assert costs[0] <= costs[1] < 1.5 * costs[0]
+    pinned = Knapsack(bits=(2, 3, 4), budget=3, pin={names[1]: 4}).allocate(fused)
+    assert {pinned[name].bits for name in names[:3]} == {4}
+    with pytest.raises(AptqError, match="stored as one"):
+        Knapsack(bits=(2, 3, 4), budget=3, pin={names[0]: 2, names[1]: 4}).allocate(fused)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 
 from aptq.allocators.choices import Choices
-from aptq.allocators.knapsack import Knapsack, solve
+from aptq.allocators.exact import solve
+from aptq.allocators.knapsack import Knapsack
 from aptq.allocators.relaxation import relaxed
 from aptq.allocators.uniform import Uniform
 from aptq.api import Option

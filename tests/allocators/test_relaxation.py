@@ -14,8 +14,8 @@ from aptq.api import Option
 
 def table(costs: NDArray[np.float64], sizes: NDArray[np.int64], limit: int) -> Choices:
     options = [Option(bits, 64) for bits in range(1, costs.shape[1] + 1)]
-    names = [f"layer{row}" for row in range(len(costs))]
-    return Choices(names=names, options=options, costs=costs, sizes=sizes, limit=limit)
+    units = [[f"layer{row}"] for row in range(len(costs))]
+    return Choices(units=units, options=options, costs=costs, sizes=sizes, limit=limit)
 
 
 @st.composite
@@ -32,7 +32,7 @@ def tables(draw: st.DrawFn) -> Choices:
 
 def cheapest(problem: Choices) -> float:
     """Return the least cost within the limit, by trying everything."""
-    everything = (np.array(each) for each in product(range(len(problem.options)), repeat=len(problem.names)))
+    everything = (np.array(each) for each in product(range(len(problem.options)), repeat=len(problem.units)))
     return min(problem.cost(each) for each in everything if problem.size(each) <= problem.limit)
 
 
@@ -50,7 +50,7 @@ def test_the_plan_keeps_the_limit_and_the_bound_is_below_every_plan(problem: Cho
 @given(tables())
 def test_reduced_costs_bound_every_plan_that_takes_the_option(problem: Choices) -> None:
     _, bound = relaxed(problem)
-    for each in product(range(len(problem.options)), repeat=len(problem.names)):
+    for each in product(range(len(problem.options)), repeat=len(problem.units)):
         chosen = np.array(each)
         cost = problem.cost(chosen)
         if problem.size(chosen) <= problem.limit and np.isfinite(cost):

@@ -1,0 +1,189 @@
+"""Pass 1: what a plan is made by. Each part is measured when something asks for it, and cached by content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from aptq.api import DivergenceMetric, LayerStatistics, LossMetric, MeasuringAllocator, Option, PlanJudge
+from aptq.calibration.guidance import STAGE as GRADIENTS
+from aptq.calibration.measure import STAGE as MEASURE
+from aptq.calibration.measure import Rounding, measure
+from aptq.calibration.plans import PlanMeter
+from aptq.calibration.roundings import Roundings
+from aptq.calibration.score import score
+from aptq.calibration.statistics import StatisticsCache, code_fingerprint, content_key
+
+if TYPE_CHECKING:
+    from aptq.calibration.walk import Walk
+    from aptq.pipeline import Experiment, Stages
+
+AUDIT, DIVERGENCE, SEARCH = "audit", "divergence", "search"
+"""Stages that hold plans against the model."""
+
+
+class Measurement:
+    """What pass 1 measures for one experiment. Roundings stay on disk until ``forget``, for whoever needs them next."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        walk: Walk,
+        stages: Stages,
+        options: Sequence[Option],
+        fused: Sequence[Sequence[str]],
+    ) -> None:
+        self._experiment, self._walk, self._stages = experiment, walk, stages
+        self._options, self._fused = options, fused
+        metric, prefix = experiment.metric, experiment.measure_option
+        self._judges = bool(experiment.audit) or isinstance(experiment.allocator, MeasuringAllocator)
+        errors = tuple(options) if metric.needs_errors or self._judges else ()
+        rounded = [experiment.config["quantizer"], experiment.config["format"], errors, prefix]
+        self._parts = {**measured(experiment, walk), "rounding": rounded if errors or prefix else None}
+        self._rounding = Rounding(
+            quantizer=experiment.quantizer, format=experiment.format, errors=errors, prefix=prefix
+        )
+        self._roundings = Roundings(experiment.cache_dir / "roundings" / content_key(self._parts), experiment.fabric)
+
+    def statistics(self) -> Mapping[str, LayerStatistics]:
+        """Return what the metric goes by, from the cache where it is known."""
+        metric = self._experiment.metric
+        if isinstance(metric, LossMetric):
+            return self._scored(metric)
+        if isinstance(metric, DivergenceMetric):
+            return self._each_alone(metric)
+        return self._measure(with_roundings=self._judges)
+
+    @contextmanager
+    def judge(self, stage: str, samples: int, *, calls: int) -> Iterator[PlanJudge]:
+        """Run a stage in which plans are measured, ``calls`` times at most, on the first ``samples``."""
+        self._measure(with_roundings=True)
+        blocks = self._walk.source.num_steps
+        with self._stages(stage, calls * blocks, "block"):
+            yield self._meter(samples, None, lambda done, name: self._advance(stage, done * blocks, name))
+
+    def forget(self) -> None:
+        """Remove the roundings."""
+        self._roundings.remove()
+
+    def _measure(self, *, with_roundings: bool) -> Mapping[str, LayerStatistics]:
+        """Observe every layer and round it; only what is not known (and, with roundings, not there) is done."""
+        experiment, blocks = self._experiment, self._walk.source.num_steps
+        cache = self._cache({})
+        if MEASURE in self._stages.seconds and all(map(self._roundings.has, range(blocks))):
+            return _filled(cache, self._walk)
+        with self._stages(MEASURE, blocks, "block"):
+            return measure(
+                self._walk,
+                experiment.estimator,
+                layers=list(self._walk.source.layer_shapes()),
+                rounding=self._rounding,
+                cache=cache,
+                callbacks=experiment.callbacks,
+                roundings=self._roundings if with_roundings else None,
+            )
+
+    def _scored(self, metric: LossMetric) -> Mapping[str, LayerStatistics]:
+        """Run the model backwards over the metric's samples."""
+        walk, callbacks = self._walk, self._experiment.callbacks
+        cache = self._cache({"loss": [metric.labels, metric.seed, metric.samples]})
+        if (found := cache.load_all(walk.source.num_steps)) is not None:
+            return found
+        statistics = self._measure(with_roundings=True)
+        with self._stages(GRADIENTS, 2 * len(walk.source.block_names), "block"):
+            score(
+                walk,
+                metric,
+                statistics,
+                format=self._experiment.format,
+                roundings=self._roundings,
+                cache=cache,
+                callbacks=callbacks,
+                stage=GRADIENTS,
+            )
+        return _filled(cache, walk)
+
+    def _each_alone(self, metric: DivergenceMetric) -> Mapping[str, LayerStatistics]:
+        """Measure the model with one unit rounded at a time: layers of a fused group together."""
+        walk, blocks = self._walk, self._walk.source.num_steps
+        last, fused = metric.last_tokens, [list(group) for group in self._fused]
+        cache = self._cache({"divergence": [metric.samples, last, fused]})
+        if (found := cache.load_all(blocks)) is not None:
+            return found
+        statistics = self._measure(with_roundings=True)
+        together = {name: group for group in fused for name in group}
+        with self._stages(DIVERGENCE, blocks, "block"):
+            for index, names in enumerate(walk.source.layers_by_step()):
+                if cache.load(index) is not None:
+                    continue
+                rows = self._alone(metric, index, [together.get(name, [name]) for name in names], statistics)
+                if walk.fabric.global_rank == 0:
+                    cache.save(index, rows)
+        walk.fabric.barrier()  # the first rank writes
+        return _filled(cache, walk)
+
+    def _alone(
+        self,
+        metric: DivergenceMetric,
+        index: int,
+        groups: Sequence[Sequence[str]],
+        statistics: Mapping[str, LayerStatistics],
+    ) -> list[LayerStatistics]:
+        """Measure a block's units; a layer has its share by weights of what its unit does."""
+        units = [list(unit) for unit in dict.fromkeys(map(tuple, groups))]
+        plans = [dict.fromkeys(unit, option) for unit in units for option in self._options]
+        meter = self._meter(
+            metric.samples, metric.last_tokens, lambda done, name: self._advance(DIVERGENCE, index + done, name)
+        )
+        figures = iter(meter(plans))
+        rows = []
+        for unit in units:
+            together = {option: next(figures) for option in self._options}
+            weights = sum(statistics[name].num_weights for name in unit)
+            for name in unit:
+                share = statistics[name].num_weights / weights
+                divergences = {option: share * figure for option, figure in together.items()}
+                rows.append(replace(statistics[name], divergences=divergences))
+        return rows
+
+    def _meter(self, samples: int, last_tokens: int | None, on_block: Callable[[float, str], None]) -> PlanMeter:
+        parts = {**self._parts, "plans": [samples, last_tokens], "head": self._walk.source.head_name}
+        return PlanMeter(
+            self._walk.beginning(samples),
+            self._roundings,
+            self._experiment.format,
+            path=self._experiment.cache_dir / "plans" / f"{content_key(parts)}.json",
+            last_tokens=last_tokens,
+            on_block=on_block,
+        )
+
+    def _advance(self, stage: str, done: float, name: str) -> None:
+        self._experiment.callbacks.on_advance(stage=stage, done=done, detail=name)
+
+    def _cache(self, more: Mapping[str, Any]) -> StatisticsCache:
+        return StatisticsCache(self._experiment.cache_dir / "statistics", content_key({**self._parts, **more}))
+
+
+def _filled(cache: StatisticsCache, walk: Walk) -> Mapping[str, LayerStatistics]:
+    found = cache.load_all(walk.source.num_steps)
+    if found is None:
+        raise RuntimeError(f"{cache.folder / cache.key} was emptied while it was being filled")
+    return found
+
+
+def measured(experiment: Experiment, walk: Walk) -> dict[str, Any]:
+    """Return what all that is measured on the calibration samples depends on, for a key of the cache."""
+    return {
+        "model": walk.source.fingerprint(),
+        "code": code_fingerprint(),
+        "samples": samples_key(walk),
+        "hessian": experiment.config["hessian"],
+        "precision": experiment.config["fabric"]["precision"],
+    }
+
+
+def samples_key(walk: Walk) -> str:
+    """Return a digest of all calibration samples."""
+    return content_key({"shape": list(walk.samples.shape), "tokens": walk.samples.tolist()})
