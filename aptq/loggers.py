@@ -19,6 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from aptq.errors import AptqError
 from aptq.files import write_text
 from aptq.typed import nearest
+from aptq.wandb_run import log_run
 
 __all__ = ["csv_logger", "wandb_logger"]
 
@@ -63,7 +64,7 @@ def wandb_logger(*, save_dir: str | Path, project: str = "aptq", offline: bool =
         }
         return WandbLogger(save_dir=folder, project=project, offline=offline, **(defaults | options))
 
-    return _Deferred("wandb", start)
+    return _WandbLogger(start)
 
 
 def _remembered_id(path: Path) -> str:
@@ -72,14 +73,13 @@ def _remembered_id(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-class _Deferred(Logger):
-    """A logger that begins with the first thing to log.
+class _WandbLogger(Logger):
+    """wandb's, which begins with the first thing to log, and takes pictures, tables and files too.
 
     Loggers are built before the run folder is ours: until then, nothing may be written to it or read from it.
     """
 
-    def __init__(self, name: str, start: Callable[[], Logger]) -> None:
-        self._name = name
+    def __init__(self, start: Callable[[], Logger]) -> None:
         self._start = start
 
     @cached_property
@@ -89,7 +89,7 @@ class _Deferred(Logger):
     @property
     def name(self) -> str:
         """Name of the kind of logger."""
-        return self._name
+        return "wandb"
 
     @property
     def version(self) -> int | str | None:
@@ -110,6 +110,11 @@ class _Deferred(Logger):
     def log_hyperparams(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Pass the config on."""
         self._logger.log_hyperparams(params, *args, **kwargs)
+
+    @rank_zero_only
+    def log_run(self, folder: Path) -> None:
+        """Pass a finished run's pictures, tables and files on."""
+        log_run(self.experiment, folder)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

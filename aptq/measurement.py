@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from aptq.calibration.plans import PlanMeter
 from aptq.calibration.roundings import Roundings
 from aptq.calibration.score import score
 from aptq.calibration.statistics import StatisticsCache, code_fingerprint, content_key
+from aptq.locks import turn
 
 if TYPE_CHECKING:
     from aptq.calibration.walk import Walk
@@ -25,7 +26,12 @@ AUDIT, DIVERGENCE, SEARCH = "audit", "divergence", "search"
 
 
 class Measurement:
-    """What pass 1 measures for one experiment. Roundings stay on disk until ``forget``, for whoever needs them next."""
+    """What pass 1 measures for one experiment; a context manager.
+
+    Inside, the layers' roundings stay on disk for whoever needs them next; they are removed at the end, unless it comes
+    by an error: then the run can be taken up again. Processes that measure the same (jobs of a sweep) take turns, so
+    that the later ones find what the first one measured.
+    """
 
     def __init__(
         self,
@@ -42,6 +48,7 @@ class Measurement:
         errors = tuple(options) if metric.needs_errors or self._judges else ()
         rounded = [experiment.config["quantizer"], experiment.config["format"], errors, prefix]
         self._parts = {**measured(experiment, walk), "rounding": rounded if errors or prefix else None}
+        self._held = ExitStack()
         self._rounding = Rounding(
             quantizer=experiment.quantizer, format=experiment.format, errors=errors, prefix=prefix
         )
@@ -64,9 +71,16 @@ class Measurement:
         with self._stages(stage, calls * blocks, "block"):
             yield self._meter(samples, None, lambda done, name: self._advance(stage, done * blocks, name))
 
-    def forget(self) -> None:
-        """Remove the roundings."""
-        self._roundings.remove()
+    def __enter__(self) -> Measurement:
+        """Wait for our turn."""
+        self._held.enter_context(in_turn(self._experiment, content_key(self._parts)))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Remove the roundings, and let others have their turn."""
+        with self._held:
+            if kind is None:
+                self._roundings.remove()
 
     def _measure(self, *, with_roundings: bool) -> Mapping[str, LayerStatistics]:
         """Observe every layer and round it; only what is not known (and, with roundings, not there) is done."""
@@ -171,6 +185,17 @@ def _filled(cache: StatisticsCache, walk: Walk) -> Mapping[str, LayerStatistics]
     if found is None:
         raise RuntimeError(f"{cache.folder / cache.key} was emptied while it was being filled")
     return found
+
+
+@contextmanager
+def in_turn(experiment: Experiment, key: str) -> Iterator[None]:
+    """Be the only run on this machine that measures what ``key`` names."""
+    with ExitStack() as held:
+        if experiment.fabric.local_rank == 0:
+            held.enter_context(turn(experiment.cache_dir / "locks" / key, "measuring the same"))
+        experiment.fabric.barrier()
+        yield
+        experiment.fabric.barrier()  # nobody is at it any more
 
 
 def measured(experiment: Experiment, walk: Walk) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from aptq.data import calibration_samples
 from aptq.files import new_folder
 from aptq.judge import STAGE as EVALUATE
 from aptq.judge import Judge, memory, versions
-from aptq.measurement import measured
+from aptq.measurement import in_turn, measured
 from aptq.models import ModelSource, open_model
 from aptq.plan import Plan
 from aptq.planning import average_bits, budget, make_plan
@@ -179,8 +179,9 @@ def _guide(experiment: Experiment, walk: Walk, stages: Stages) -> None:
     if not isinstance(estimator, GuidedEstimator) or estimator.labels is None:
         return
     parts = {**measured(experiment, walk), "ranks": experiment.fabric.world_size, "head": walk.source.head_name}
-    folder = experiment.cache_dir / "gradients" / content_key(parts)
-    with stages(GRADIENTS, 2 * len(walk.source.block_names), "block"):
+    key = content_key(parts)
+    folder = experiment.cache_dir / "gradients" / key
+    with in_turn(experiment, key), stages(GRADIENTS, 2 * len(walk.source.block_names), "block"):
         walk.guidance = measure_guidance(walk, estimator, folder, experiment.callbacks)
 
 

@@ -35,18 +35,17 @@ def make_plan(
     """
     shapes = walk.source.layer_shapes()
     fused = fused_groups(shapes) if experiment.fused else []
-    measurement = Measurement(experiment, walk, stages, options, fused)
-    problem = _problem(experiment, walk, measurement, options, fused)
-    layers: Mapping[str, Option] = _allocated(experiment, problem, measurement, stages)
     figures, replaced = None, False
-    if experiment.audit:
-        audited = candidates(problem, layers, experiment.audit, experiment.data.seed)
-        with measurement.judge(AUDIT, _AUDITED_SAMPLES, calls=1) as judge:
-            measured = judge([each.plan for each in audited])
-        figures = audit(problem, audited, measured)
-        taken = preferred(audited, measured)
-        layers, replaced = taken.plan, taken.kind != CHOSEN
-    measurement.forget()
+    with Measurement(experiment, walk, stages, options, fused) as measurement:
+        problem = _problem(experiment, walk, measurement, options, fused)
+        layers: Mapping[str, Option] = _allocated(experiment, problem, measurement, stages)
+        if experiment.audit:
+            audited = candidates(problem, layers, experiment.audit, experiment.data.seed)
+            with measurement.judge(AUDIT, _AUDITED_SAMPLES, calls=1) as judge:
+                measured = judge([each.plan for each in audited])
+            figures = audit(problem, audited, measured)
+            taken = preferred(audited, measured)
+            layers, replaced = taken.plan, taken.kind != CHOSEN
     costs = {name: problem.costs[name][option] for name, option in layers.items()} if problem.costs else {}
     plan = Plan(
         layers=layers,

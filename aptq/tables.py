@@ -39,7 +39,8 @@ def print_summary(run: Run, report: Path) -> None:
             console.print(f"[bold]original[/]   {escape(sample['original'])}")
         console.print(f"[bold]quantized[/]  {escape(sample['quantized'])}")
     seconds = metrics["seconds"]
-    stages = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items() if value >= 0.5)
+    shown = [f"{stage} {value:.0f} s" for stage, value in seconds.items() if value >= 0.5]
+    stages = ", ".join(shown) or f"{sum(seconds.values()):.1f} s"
     console.print(f"\nTook {stages}; peak memory {metrics['peak_rss_bytes'] / 1e9:.1f} GB.", highlight=False)
     for what, path in (("Run folder", run.folder), ("Model", run.model_folder), ("Report", report)):
         console.print(f"{what:<11}[bold]{escape(str(path))}[/]", soft_wrap=True, highlight=False)

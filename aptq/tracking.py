@@ -9,6 +9,7 @@ from typing import Any
 from lightning.fabric.loggers.logger import Logger
 
 from aptq.api import Callback, LayerReport
+from aptq.report import write_report
 
 __all__ = ["LoggerCallback"]
 
@@ -17,7 +18,8 @@ class LoggerCallback(Callback):
     """Sends the config, the figures of each block and the final metrics to loggers.
 
     Figures of blocks are named ``<stage>/<figure>`` with the block's index as the step; final ones by their path in
-    ``metrics.json``, as ``perplexity/wikitext2``.
+    ``metrics.json``, as ``perplexity/wikitext2``. A logger with a method ``log_run(folder)`` is handed the folder of
+    the finished run, its report written, to take what else it can show.
     """
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
@@ -51,6 +53,11 @@ class LoggerCallback(Callback):
     def on_run_end(self, *, folder: Path, metrics: Mapping[str, Any]) -> None:
         """Log the final metrics."""
         self._log(_numbers({key: value for key, value in metrics.items() if key != "seconds"}), self._step + 1)
+        takers = [logger for logger in self.loggers if callable(getattr(logger, "log_run", None))]
+        if takers:
+            write_report(folder)
+        for logger in takers:
+            logger.log_run(folder)  # type: ignore[attr-defined]
         self._status = "success"
 
     def close(self) -> None:

@@ -81,6 +81,27 @@ def test_a_sweep_leaves_one_run_each_and_prints_tables(
     assert page.read_text() == before
 
 
+@pytest.mark.slow
+def test_jobs_of_a_sweep_run_side_by_side_and_measure_once(
+    aptq: Callable[..., subprocess.CompletedProcess[str]], tiny_model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"{number} bottles of beer on the wall" for number in range(99)))
+    done = aptq(
+        *("-m", "hydra/launcher=joblib", f"model.path={tiny_model_folder()}", "data=text", f"data.path={text}"),
+        *("data.num_samples=2", "data.sequence_length=64", f"data.evaluation_path={text}", "evaluator.num_sequences=2"),
+        *("samples=0", "name=sweep", "allocator.budget=2.5,3,3.5", "fabric=cpu", f"cache_dir={tmp_path / 'cache'}"),
+    )
+    assert done.returncode == 0, done.stderr
+    runs = [path for path in (tmp_path / "runs" / "sweep").iterdir() if path.is_dir()]
+    assert sum("gradients" in json.loads((run / "metrics.json").read_text())["seconds"] for run in runs) == 1
+    page = (tmp_path / "runs" / "sweep" / "comparison.html").read_text()
+    assert len(runs) == 3
+    assert all(run.name in page for run in runs)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
 def test_the_papers_tables_are_one_command_that_goes_on_where_it_stopped(
     aptq: Callable[..., subprocess.CompletedProcess[str]], tiny_model_folder: Callable[..., Path], tmp_path: Path
 ) -> None:

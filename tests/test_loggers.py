@@ -1,6 +1,10 @@
 """Loggers write into the run folder, go on after a resume, and end as the run ended."""
 
 import csv
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,10 @@ from aptq.api import LayerReport
 from aptq.callbacks import Callbacks
 from aptq.errors import AptqError
 from aptq.loggers import csv_logger, wandb_logger
+from aptq.plan import Plan
+from aptq.run import Run
+from aptq.settings import RunSettings
+from aptq.testing.allocation import random_problem
 from aptq.tracking import LoggerCallback
 
 METRICS = {
@@ -77,21 +85,72 @@ def test_figures_are_on_disk_when_a_run_fails(tmp_path: Path) -> None:
     assert rows(tmp_path / "csv" / "version_0" / "metrics.csv") == [{"quantize/error": "0.2", "step": "0"}]
 
 
-def test_wandb_writes_offline_into_the_run_folder_and_keeps_its_id(
+def finished_run(folder: Path) -> None:
+    """Leave what ``LoggerCallback`` finds at the end of a run."""
+    problem = random_problem((2, 4), 3, 0, flat=False, with_costs=True)
+    layers = {name: problem.options[at % 2] for at, name in enumerate(problem.shapes)}
+    samples = [{"prompt": "Once", "original": " upon", "quantized": " under"}]
+    metrics = {**METRICS, "baseline_perplexity": {}, "bytes": {"model": 1, "original": 4}, "peak_device_bytes": None}
+    with Run.open(RunSettings(dir=str(folder)), {"model": {"path": "tiny"}, "seed": 0}) as run:
+        run.save_plan(Plan(layers=layers, format_name="integer"))
+        run.save_sensitivity(problem)
+        run.write_layers_csv([replace(report(0.1), name=name) for name in layers])
+        run.model_folder.mkdir()
+        run.write_metrics({**metrics, "samples": samples})
+        run.finish()
+
+
+def records(path: Path) -> Iterator[Any]:
+    """Read a .wandb file: LevelDB's log format with a header of 7 bytes, a protocol buffer a record."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # no record begins in the last bytes of a block
+            at += 32768 - at % 32768
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def test_wandb_writes_all_of_a_run_offline_into_its_folder_and_keeps_its_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb = pytest.importorskip("wandb")
     for folder in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(folder, str(tmp_path / folder))
     run_folder = tmp_path / "run"
+    finished_run(run_folder)
     play(wandb_logger(save_dir=run_folder, project="tests", offline=True, tags=["tiny"]), run_folder)
     assert wandb.run is None  # finished
     wandb.teardown()  # as at the end of a process: its service has written all
     identity = (run_folder / "wandb" / "run-id.txt").read_text()
     (stored,) = run_folder.glob(f"wandb/offline-run-*-{identity}/run-{identity}.wandb")
-    content = stored.read_bytes()
-    for text in (b"quantize/relative_error", b"perplexity/c4", b"tests"):
-        assert text in content
+    logged: dict[str, Any] = {}
+    kept: set[str] = set()
+    for record in records(stored):
+        for item in record.history.item:
+            logged["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
+        kept.update(entry.path for entry in record.request.log_artifact.artifact.manifest.contents)
+        kept.update(entry.path for entry in record.artifact.manifest.contents)
+    assert logged["quantize/relative_error"] == pytest.approx(0.2)
+    assert logged["perplexity/c4"] == 40.5
+    shown = {
+        key.removesuffix("/path"): stored.parent / "files" / value for key, value in logged.items() if "/path" in key
+    }
+    pictures = {f"report/{path.stem}" for path in run_folder.glob("*.png")}
+    assert {"report/bits", "report/trade_off"} < pictures
+    assert pictures | {"report/page", "tables/layers", "tables/sensitivity", "tables/continuations"} <= shown.keys()
+    assert "Once" in shown["tables/continuations"].read_text()
+    assert shown["report/page"].read_text() == (run_folder / "report.html").read_text()
+    sensitivity = json.loads(shown["tables/sensitivity"].read_text())
+    assert sensitivity["columns"] == ["layer", "bits", "group_size", "stored_bits", "cost"]
+    assert [isinstance(cell, str) for cell in sensitivity["data"][0]] == [True, False, False, False, False]
+    files = {"plan.json", "config.yaml", "metrics.json", "layers.csv", "sensitivity.csv", "report.html"}
+    assert files <= kept, "the artifact"
     again = wandb_logger(save_dir=str(run_folder), project="tests", offline=True)
     assert again.version == identity
 
