@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from aptq.errors import AptqError
 from aptq.paper.published import FIGURE_2, FULL_PRECISION, REMARKS, TABLE_1, TABLE_3, Published
+from aptq.paper.shares import by_share
 from aptq.report.words import change, figure
 from aptq.run import Run
 
@@ -43,6 +45,14 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shares:
+    """Ways of choosing the 4-bit weights side by side: a line for each share of them."""
+
+    ways: Sequence[str]
+    lines: Sequence[tuple[str, Sequence[tuple[str, bool]]]]  # share; perplexities, and whether it is the line's best
+
+
+@dataclass(frozen=True, kw_only=True)
 class Content:
     """Everything on the page."""
 
@@ -52,7 +62,8 @@ class Content:
     remarks: Sequence[str]
     rows: Sequence[tuple[str, str]]  # name of a run, its folder's name
     ours: Mapping[str, Ours]  # by row, the original among them where it was judged
-    others: Sequence[str]  # rows that the paper has not
+    others: Sequence[str]  # rows that neither the paper nor ``shares`` has
+    shares: Shares | None  # where there is more than one way
     columns: Sequence[str] = ("bits", "C4", "WikiText-2", "bits", "with scales", "C4", "WikiText-2")
     of_the_paper: int = 3  # so many of the columns, from the left
 
@@ -70,7 +81,9 @@ def collect(runs: Mapping[str, Run]) -> Content:
     if baselines:
         ours[FULL_PRECISION] = Ours(bits=None, storage=None, perplexity=baselines[0])
     shown = {each.row for each in (*TABLE_1, *TABLE_3, *FIGURE_2)}
-    others = [name for name in runs if name not in shown]
+    ways = by_share({name: ours[name] for name in runs})
+    counted = {id(each) for way in ways.values() for each in way.values()}
+    others = [name for name in runs if name not in shown and id(ours[name]) not in counted]
     tables = [
         Table(title=title, lines=[_line(each.label, each, ours.get(each.row or ""), ours) for each in printed])
         for title, printed in (
@@ -90,11 +103,34 @@ def collect(runs: Mapping[str, Run]) -> Content:
         rows=[(name, run.folder.name) for name, run in runs.items()],
         ours=ours,
         others=others,
+        shares=_shares(ways) if len(ways) > 1 else None,
     )
 
 
 def _ours(metrics: Mapping[str, Any]) -> Ours:
     return Ours(bits=metrics["bits"]["code"], storage=metrics["bits"]["storage"], perplexity=metrics["perplexity"])
+
+
+def _shares(ways: Mapping[str, Mapping[int, Ours]]) -> Shares:
+    lines = []
+    for share in sorted({share for way in ways.values() for share in way}, reverse=True):
+        found = [way.get(share) for way in ways.values()]
+        first = [math.inf if (value := _c4(mine)) is None else value for mine in found]
+        best = min(first) if len(found) - found.count(None) > 1 else -math.inf
+        cells = [
+            (_NONE if mine is None else _both(mine), value == best < math.inf)
+            for mine, value in zip(found, first, strict=True)
+        ]
+        lines.append((f"{share} %", cells))
+    return Shares(ways=list(ways), lines=lines)
+
+
+def _c4(mine: Ours | None) -> float | None:
+    return None if mine is None else mine.perplexity.get(TEXTS[0])
+
+
+def _both(mine: Ours) -> str:
+    return " / ".join(figure(mine.perplexity.get(text)) for text in TEXTS)
 
 
 def _line(label: str, published: Published | None, mine: Ours | None, ours: Mapping[str, Ours]) -> Line:

@@ -15,6 +15,12 @@ def markdown(content: Content) -> str:
     for table in content.tables:
         parts.append(f"## {table.title}")
         parts.append(_table(["", *columns], [(line.label, *line.cells) for line in table.lines], right=True))
+    if content.shares is not None:
+        parts.append("## Every share of 4-bit weights, C4 / WikiText-2")
+        cells = [
+            (share, *(f"**{told}**" if best else told for told, best in line)) for share, line in content.shares.lines
+        ]
+        parts.append(_table(["", *content.shares.ways], cells, right=True))
     parts.append("## What can be compared")
     parts += content.remarks
     return "\n\n".join(parts) + "\n"

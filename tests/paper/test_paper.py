@@ -78,6 +78,29 @@ def test_printed_figures_and_ours_stand_side_by_side(folder: Path) -> None:
     assert len({len(line) for line in lines}) == 2, "settings and results"
 
 
+def test_ways_to_choose_are_set_side_by_side_at_every_share(tmp_path: Path) -> None:
+    figures = {
+        "aptq_75": 40.0,
+        "aptq_50": None,
+        "aptq_loss_50": 60.0,
+        "aptq_loss_75": 39.0,
+        "manual_blockwise_75_first": 44.0,
+        "manual_blockwise_50_first": 61.0,
+        "aptq_loss_60_odd": 7.0,
+        "gptq_4": 37.0,
+    }
+    write_paper(tmp_path, {name: _row(tmp_path, name, c4) for name, c4 in figures.items()})
+    lines = _lines(tmp_path)
+    at = lines.index(["", "APTQ", "APTQ loss", "manual blockwise, first"])
+    assert lines[at + 2 : at + 4] == [
+        ["75 %", "40.00 / 50.00", "**39.00 / 50.00**", "44.00 / 50.00"],
+        ["50 %", "not finite / 50.00", "**60.00 / 50.00**", "61.00 / 50.00"],
+    ]
+    assert any(line[0] == "aptq_loss_60_odd" for line in lines), "a way with one share is a row as others are"
+    page = _Page((tmp_path / "report.html").read_text())
+    assert ["75 %", "40.00 / 50.00", "39.00 / 50.00", "44.00 / 50.00"] in page.rows
+
+
 def test_settings_and_remarks_are_told(folder: Path) -> None:
     text = (folder / "tables.md").read_text()
     assert "16 samples of 512 tokens, c4.jsonl" in text
