@@ -102,7 +102,7 @@ class Measurement:
     def _scored(self, metric: LossMetric) -> Mapping[str, LayerStatistics]:
         """Run the model backwards over the metric's samples."""
         walk, callbacks = self._walk, self._experiment.callbacks
-        cache = self._cache({"loss": [metric.labels, metric.seed, metric.samples]})
+        cache = self._cache({"loss": [metric.labels, metric.seed, metric.samples, metric.needs_absolute]})
         if (found := cache.load_all(walk.source.num_steps)) is not None:
             return found
         statistics = self._measure(with_roundings=True)

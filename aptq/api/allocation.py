@@ -21,7 +21,8 @@ class LossChange:
 
     channels: float  # sum_t sum_j (g_tj (D x_t)_j)^2 / 2 tokens: tokens and channels do not act together
     tokens: float  # sum_t (g_t . D x_t)^2 / 2 tokens: tokens do not
-    absolute: float  # sum over samples of sum_ij |G_ij D_ij| / tokens, with G = sum_t g_t x_t^T
+    # sum over samples of sum_ij |G_ij D_ij| / tokens, with G = sum_t g_t x_t^T; None unless the metric needs it
+    absolute: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,10 @@ class LossMetric(SensitivityMetric, Protocol):
     @property
     def samples(self) -> int:
         """How many of the calibration samples are run backwards; all where there are no more."""
+
+    @property
+    def needs_absolute(self) -> bool:
+        """Whether ``LossChange.absolute`` is to be there, for one more matrix multiplication a layer and sample."""
 
 
 @runtime_checkable

@@ -86,7 +86,9 @@ class _Scores:
         del samples
         for name, passed in seen.items():
             differences = (self._difference(name, option) for option in self._packed[name])
-            self._sums[name] += loss_changes(passed.inputs, passed.gradient, differences)
+            self._sums[name] += loss_changes(
+                passed.inputs, passed.gradient, differences, absolute=self.metric.needs_absolute
+            )
 
     def _difference(self, name: str, option: Option) -> Tensor:
         assert self._block is not None
@@ -104,7 +106,9 @@ class _Scores:
         for name in self.modules(self._block):
             figures = (self._sums[name] / tokens).tolist()
             changes = {
-                option: LossChange(channels=channels, tokens=whole, absolute=absolute)
+                option: LossChange(
+                    channels=channels, tokens=whole, absolute=absolute if self.metric.needs_absolute else None
+                )
                 for option, (channels, whole, absolute) in zip(self._packed[name], figures, strict=True)
             }
             rows.append(replace(self.statistics[name], loss_changes=changes))
@@ -113,29 +117,27 @@ class _Scores:
         self._block, self._packed = None, {}
 
 
-def loss_changes(inputs: Tensor, gradient: Tensor, differences: Iterable[Tensor]) -> Tensor:
+def loss_changes(inputs: Tensor, gradient: Tensor, differences: Iterable[Tensor], *, absolute: bool = True) -> Tensor:
     """Return the sums of ``LossChange`` over one sample's tokens, before they are divided by their number.
 
     Args:
         inputs: ``[..., in]``, what the layer was fed.
         gradient: ``[..., out]``, the loss's gradient at its output.
         differences: of the weight, ``[out, in]`` each.
+        absolute: whether the last column is wanted; 0 if not.
 
     Returns:
         ``[differences, 3]``, float64: ``channels``, ``tokens``, ``absolute``.
     """
     x, g = inputs.flatten(0, -2).float(), gradient.flatten(0, -2).float()
-    by_weight = g.T @ x
+    by_weight = g.T @ x if absolute else None
     rows = []
     for difference in differences:
         moved = (x @ difference.T).mul_(g)
-        rows.append(
-            torch.stack(
-                [
-                    moved.square().sum(dtype=torch.float64) / 2,
-                    moved.sum(1).square().sum(dtype=torch.float64) / 2,
-                    by_weight.mul(difference).abs().sum(dtype=torch.float64),
-                ]
-            )
+        whole = moved.sum(1).square().sum(dtype=torch.float64) / 2
+        channels = moved.square_().sum(dtype=torch.float64) / 2
+        along = (
+            torch.zeros_like(whole) if by_weight is None else by_weight.mul(difference).abs_().sum(dtype=torch.float64)
         )
+        rows.append(torch.stack([channels, whole, along]))
     return torch.stack(rows)

@@ -40,7 +40,16 @@ class Gradient:
         """Every layer is rounded at every option."""
         return True
 
+    @property
+    def needs_absolute(self) -> bool:
+        """The absolute form is just that."""
+        return self.form == "absolute"
+
     def cost(self, layer: LayerStatistics, option: Option) -> float:
         """Return the score, in nats per token."""
         change = layer.loss_changes[option]
-        return change.absolute if self.form == "absolute" else change.tokens
+        if self.form == "squared":
+            return change.tokens
+        if change.absolute is None:
+            raise ValueError(f"{layer.name} was scored without absolute changes")
+        return change.absolute

@@ -37,6 +37,11 @@ class Output:
         """Every layer is rounded at every option."""
         return True
 
+    @property
+    def needs_absolute(self) -> bool:
+        """Outputs are what counts, not weights."""
+        return False
+
     def cost(self, layer: LayerStatistics, option: Option) -> float:
         """Return the expected change of the loss, in nats per token."""
         return layer.loss_changes[option].channels
