@@ -14,7 +14,7 @@ __all__ = ["write_report"]
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write ``report.html`` and the PNG figures from the files of a run folder, and return the page's path.
+    """Write ``report.html``, the PNG figures and ``trade_off.csv`` into a run folder, and return the page's path.
 
     What a run does not have (perplexity, samples, an end) is left out.
 
@@ -25,6 +25,9 @@ def write_report(run_folder: Path) -> Path:
     drawn = figures.draw(content)
     for name, data in drawn.items():
         write_bytes(run_folder / name, data, "a figure")
+    if content.trade_off is not None:
+        lines = ["stored_bits,predicted_cost", *(f"{bits:.6f},{cost!r}" for bits, cost in content.trade_off.curve)]
+        write_text(run_folder / "trade_off.csv", "\n".join(lines) + "\n", "the trade-off")
     page = run_folder / "report.html"
     write_text(page, render("aptq.report", run=content, figures=drawn), "the report")
     return page

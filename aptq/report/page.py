@@ -25,6 +25,7 @@ def render(package: str, **content: Any) -> str:
         figure=words.figure,
         change=words.change,
         share=words.share,
+        origin=words.origin,
         base64=lambda data: b64encode(data).decode(),
     )
     return environment.get_template("template.html").render(**content)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 
 def size(count: float) -> str:
@@ -44,3 +46,30 @@ def change(before: float | None, after: float | None) -> str:
 def share(part: float) -> str:
     """Spell a share in percent."""
     return f"{part:.0%}"
+
+
+def origin(budget: Mapping[str, Any]) -> str:
+    """Spell where a plan came from and what it takes on average (``Plan.budget``)."""
+    told = []
+    allocator = budget.get("allocator")
+    if isinstance(allocator, Mapping):
+        rest = {key: value for key, value in allocator.items() if key != "name" and value not in (None, [], {})}
+        told.append(f"Chosen by {allocator.get('name')}: " + ", ".join(f"{key} {_plain(rest[key])}" for key in rest))
+    if "plan" in budget:
+        told.append(f"Given: {budget['plan']}")
+    if "audit" in budget:
+        told.append(f"Changed by the audit: {budget['audit']}")
+    bits = [
+        f"{budget[key]:.3f} {words}" for key, words in _AVERAGES.items() if isinstance(budget.get(key), int | float)
+    ]
+    told += [f"On average {' and '.join(bits)} a weight"] if bits else []
+    return "".join(f"{sentence}. " for sentence in told).strip()
+
+
+_AVERAGES = {"code_bits": "bits of code", "storage_bits": "stored bits"}
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={item}" for key, item in value.items())
+    return "/".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

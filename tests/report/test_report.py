@@ -120,7 +120,7 @@ def test_the_page_tells_the_results(tmp_path: Path) -> None:
     text = read(path).text
     for told in (
         "demo / 1", "tiny & small", "103 MB", "2.61 times smaller", "3.50 bits", "3.83 stored", "34.20", "43.21",
-        "+26.3%", "not finite", "accuracy", "0.4000", "2 min 06 s", "1.31 GB", "device 2 GB", "code_bits 3.500",
+        "+26.3%", "not finite", "accuracy", "0.4000", "2 min 06 s", "1.31 GB", "device 2 GB", "3.500 bits of code",
         "damping raised to 0.1",
         "0.1000 in 1 layer", "lm_head, 8 bits", "without the chosen one: 0.93", "torch 2.13.0", "With <b>",
     ):  # fmt: skip
@@ -143,6 +143,11 @@ def test_the_figures_are_png_files(tmp_path: Path) -> None:
     write_report(make(tmp_path, METRICS, reports()))
     for name in ("audit.png", "bits.png", "errors.png", "stages.png", "trade_off.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    head, *rows = (tmp_path / "trade_off.csv").read_text().splitlines()
+    assert head == "stored_bits,predicted_cost"
+    points = [tuple(map(float, row.split(","))) for row in rows]
+    assert points == sorted(points), "larger plans"
+    assert [cost for _, cost in points] == sorted((cost for _, cost in points), reverse=True), "cost less"
 
 
 @pytest.mark.parametrize("rows", [[], reports()])

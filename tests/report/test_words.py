@@ -36,3 +36,16 @@ def test_changes(before: float | None, after: float | None, spelled: str) -> Non
 
 def test_shares() -> None:
     assert words.share(0.254) == "25%"
+
+
+def test_where_a_plan_came_from() -> None:
+    allocator = {"name": "knapsack", "bits": [2, 3], "budget": 2.5, "pin": {"*.o_proj": 3}, "group_sizes": []}
+    averages = {"code_bits": 2.5, "storage_bits": 2.789}
+    assert words.origin({"allocator": allocator, **averages}) == (
+        "Chosen by knapsack: bits 2/3, budget 2.5, pin *.o_proj=3. "
+        "On average 2.500 bits of code and 2.789 stored bits a weight."
+    )
+    assert (
+        words.origin({"plan": "a.json", "code_bits": 3.0}) == "Given: a.json. On average 3.000 bits of code a weight."
+    )
+    assert words.origin({}) == ""
