@@ -11,18 +11,15 @@ can be asked for bit by bit.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rich.console import Console
 from tables import as_rich, markdown_table
 
-from runs import add_options, footer, full_precision, judged_run, keep, mean_and_range, mean_of, open_record
+from runs import Job, add_options, console, footer, full_precision, mean_and_range, mean_of, run_jobs
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = "gptq, min-max"
@@ -63,8 +60,6 @@ ROWS: dict[str, list[str]] = {
     "loss, refined": ["hessian=loss", "quantizer.refine=3"],
 }
 
-console = Console(width=None if Console().is_terminal else 120)
-
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options of the command line."""
@@ -75,11 +70,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def measure(options: argparse.Namespace, row: str, bits: int, seed: int, work: Path) -> dict[str, Any]:
-    """Run one job and return what it took and gave."""
-    words = ["allocator=uniform", *ROWS[row], f"allocator.bits={bits}", "format.group_size=64"]
-    found = judged_run(options, words, seed=seed, baseline=row == REFERENCE, work=work, cache=work / "cache")
-    return {"row": row, "overrides": ROWS[row], "bits": bits, **found}
+def jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """Yield the runs that were asked for."""
+    for bits, seed, row in product(options.bits, options.seeds, options.rows):
+        words = ["allocator=uniform", *ROWS[row], f"allocator.bits={bits}", "format.group_size=64"]
+        yield Job(
+            row=row,
+            fields={"bits": bits},
+            words=words,
+            overrides=ROWS[row],
+            seed=seed,
+            baseline=row == REFERENCE,
+        )
 
 
 def table(record: Mapping[str, Any], bits: int) -> tuple[list[str], list[list[str]]]:
@@ -131,19 +133,7 @@ def as_markdown(record: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing from the record, and write the page after every run."""
     options = parse(argv)
-    record = open_record(options)
-    known = {(each["row"], each["bits"], each["seed"]) for each in record["results"]}
-    command = shlex.join(["python", "benchmarks/ablation.py", *(argv or sys.argv[1:])])
-    for bits in options.bits:
-        for seed in options.seeds:
-            for row in options.rows:
-                if (row, bits, seed) in known:
-                    continue
-                with tempfile.TemporaryDirectory() as work:
-                    result = measure(options, row, bits, seed, Path(work))
-                record = keep(options, result, command, as_markdown)
-                figures = ", ".join(f"{name} {value:.2f}" for name, value in result["perplexity"].items())
-                console.print(f"{bits} bits, seed {seed}, {row}: {figures}")
+    record = run_jobs(options, jobs(options), as_markdown, "ablation")
     for bits in options.bits:
         console.print(as_rich(*table(record, bits), title=f"{bits} bits"))
 

@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
-import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rich.console import Console
 from tables import as_rich, markdown_table
 
-from runs import add_options, footer, full_precision, judged_run, keep, mean_and_range, open_record
+from runs import Job, add_options, console, footer, full_precision, mean_and_range, run_jobs
 
 HERE = Path(__file__).resolve().parent
 UNIFORM = "the same bits everywhere"
@@ -56,8 +53,6 @@ ROWS: dict[str, list[str]] = {
     "error, loss": [*_KNAPSACK, "metric=error", "hessian=loss", "hessian.labels=model"],
 }
 
-console = Console(width=None if Console().is_terminal else 120)
-
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options of the command line."""
@@ -79,6 +74,25 @@ def words(row: str, budget: float) -> list[str] | None:
     if "allocator.count=storage" in ROWS[row]:  # what groups of 64 store with so many bits of code
         return [*ROWS[row], f"allocator.budget={budget + _OVERHEAD:g}"]
     return [*ROWS[row], f"allocator.budget={budget:g}"]
+
+
+def jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """Yield the runs that were asked for; those of one row share what they measure."""
+    for seed, row in product(options.seeds, options.rows):
+        for number, budget in enumerate(options.budgets):
+            job = words(row, budget)
+            if job is None:
+                continue
+            audit = [f"audit={options.audit}"] if number == 0 and options.audit and row != UNIFORM else []
+            yield Job(
+                row=row,
+                fields={"budget": budget},
+                words=[*job, *audit, "format.group_size=64"],
+                overrides=ROWS[row],
+                seed=seed,
+                baseline=row == UNIFORM,
+                cache=f"{list(ROWS).index(row)}-{seed}",
+            )
 
 
 def table(record: Mapping[str, Any], budget: float) -> tuple[list[str], list[list[str]]]:
@@ -133,27 +147,7 @@ def as_markdown(record: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing from the record, and write the page after every run."""
     options = parse(argv)
-    record = open_record(options)
-    known = {(each["row"], each["budget"], each["seed"]) for each in record["results"]}
-    command = shlex.join(["python", "benchmarks/allocation.py", *(argv or sys.argv[1:])])
-    for seed in options.seeds:
-        for row in options.rows:
-            with tempfile.TemporaryDirectory() as cache:
-                for number, budget in enumerate(options.budgets):
-                    job = words(row, budget)
-                    if job is None or (row, budget, seed) in known:
-                        continue
-                    if number == 0 and options.audit and row != UNIFORM:
-                        job = [*job, f"audit={options.audit}"]
-                    job = [*job, "format.group_size=64"]
-                    with tempfile.TemporaryDirectory() as work:
-                        found = judged_run(
-                            options, job, seed=seed, baseline=row == UNIFORM, work=Path(work), cache=Path(cache)
-                        )
-                    result = {"row": row, "overrides": ROWS[row], "budget": budget, **found}
-                    record = keep(options, result, command, as_markdown)
-                    figures = ", ".join(f"{name} {value:.2f}" for name, value in result["perplexity"].items())
-                    console.print(f"{budget:g} bits, seed {seed}, {row}: {figures}")
+    record = run_jobs(options, jobs(options), as_markdown, "allocation")
     for budget in options.budgets:
         console.print(as_rich(*table(record, budget), title=f"{budget:g} bits"))
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,9 @@ from contestants import hydra_value
 from environments import clean_environment
 from measured import run_measured
 from provenance import commit
+from rich.console import Console
+
+console = Console(width=None if Console().is_terminal else 120)
 
 
 def add_options(parser: argparse.ArgumentParser, results: Path) -> None:
@@ -30,6 +36,43 @@ def add_options(parser: argparse.ArgumentParser, results: Path) -> None:
     parser.add_argument("--untimed", action="store_true", help="the machine does other work: leave times out")
     parser.add_argument("--json", type=Path, default=results.with_suffix(".json"))
     parser.add_argument("--markdown", type=Path, default=results.with_suffix(".md"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of a table."""
+
+    row: str
+    fields: Mapping[str, Any]  # what tells it from others of its row, and is on record: bits or budget
+    words: Sequence[str]  # of the command line
+    overrides: Sequence[str]  # those of the row, for the record
+    seed: int
+    baseline: bool  # judge the original too
+    cache: str = ""  # jobs with one name share what they measure; none: by itself
+
+
+def run_jobs(
+    options: argparse.Namespace, jobs: Iterable[Job], page: Callable[[Mapping[str, Any]], str], script: str
+) -> dict[str, Any]:
+    """Run the jobs that the record has not, write record and page after each; return the record."""
+    record = open_record(options)
+    command = shlex.join(["python", f"benchmarks/{script}.py", *sys.argv[1:]])
+    known = [{key: each.get(key) for key in ("row", "seed", "bits", "budget")} for each in record["results"]]
+    with tempfile.TemporaryDirectory() as shared:
+        for job in jobs:
+            if {"bits": None, "budget": None, **job.fields, "row": job.row, "seed": job.seed} in known:
+                continue
+            with tempfile.TemporaryDirectory() as work:
+                cache = Path(shared) / job.cache if job.cache else Path(work) / "cache"
+                found = judged_run(
+                    options, job.words, seed=job.seed, baseline=job.baseline, work=Path(work), cache=cache
+                )
+            result = {"row": job.row, "overrides": list(job.overrides), **job.fields, **found}
+            record = keep(options, result, command, page)
+            figures = ", ".join(f"{name} {value:.2f}" for name, value in result["perplexity"].items())
+            told = ", ".join(f"{value:g} {key}" for key, value in job.fields.items())
+            console.print(f"{told}, seed {job.seed}, {job.row}: {figures}")
+    return record
 
 
 def judged_run(

@@ -211,6 +211,16 @@ def test_other_inputs_and_targets_give_models_that_work(more: list[str], overrid
     assert metrics["perplexity"]["fox"] == pytest.approx(metrics["baseline_perplexity"]["fox"], rel=0.2)
 
 
+@pytest.mark.parametrize("format", ["float", "asymmetric_float"])
+def test_every_format_is_allocated_stored_and_loaded(format: str, overrides: Callable[..., list[str]]) -> None:
+    more = [f"format={format}", "metric=output", "allocator=knapsack", "allocator.bits=[2,3,4]", "allocator.budget=3.4"]
+    run = aptq.quantize(overrides(*more))
+    metrics = run.metrics()
+    assert metrics["perplexity"]["fox"] == pytest.approx(metrics["baseline_perplexity"]["fox"], rel=0.2)
+    model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False).shape == (1, 5)
+
+
 def test_a_budget_sweep_measures_once(overrides: Callable[..., list[str]]) -> None:
     aptq.quantize(overrides("evaluator=none", folder="first"))
     run = aptq.quantize(overrides("evaluator=none", "allocator.ratio=0.25", folder="second"))

@@ -1,0 +1,196 @@
+"""Formats whose codes stand for a fixed set of unevenly spaced levels, times a scale for each group of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from aptq import packing
+from aptq.api import AptqError, Option, QuantizedWeight
+from aptq.formats.grouped import SCALE_DTYPES, GroupedGrid, check_fields, check_group, split_groups, stored_scale
+
+_FLOATS = {3: (0.0, 1.0, 2.0, 4.0), 4: (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)}
+"""Magnitudes of floating-point numbers with a sign, two bits of exponent and none or one of mantissa (e2m0, e2m1)."""
+_WIDTHS = {"normal": (2, 3, 4), "fp": tuple(_FLOATS)}
+
+
+@cache
+def levels(code: str, bits: int) -> tuple[float, ...]:
+    """Return the levels of a code in rising order; the largest magnitudes are 1, and 0 is one of them.
+
+    ``fp`` are floating-point numbers (one of their two zeros is left out). ``normal`` are the quantiles of a normal
+    distribution that share it evenly (NF4): ``2^(bits-1)`` positive ones, one less below 0.
+
+    Source: for ``normal``, Dettmers et al., "QLoRA" (NeurIPS 2023), appendix E, for any number of bits.
+    """
+    if code == "fp":
+        top = _FLOATS[bits][-1]
+        positive = [value / top for value in _FLOATS[bits]]
+        return tuple([-value for value in positive[:0:-1]] + positive)
+    count = 1 << bits
+    end = 1 - (1 / (2 * count) + 1 / (2 * (count - 1))) / 2
+    above = _quantiles(end, count // 2)
+    below = _quantiles(end, count // 2 - 1)
+    return tuple([-value for value in below[::-1]] + [0.0] + above)
+
+
+def _quantiles(end: float, count: int) -> list[float]:
+    """Return ``count`` positive quantiles, the largest one 1."""
+    shares = torch.linspace(0.5, end, count + 1, dtype=torch.float64)[1:]
+    values = torch.special.ndtri(shares)
+    return [float(value) for value in values / values[-1]]
+
+
+@dataclass(frozen=True)
+class LevelFormat:
+    """What ``float`` and ``asymmetric_float`` share: all but how many scales a group has."""
+
+    group_size: int = 64
+    code: str = "normal"
+    scale_dtype: str = "float16"
+    clip_steps: int = 8
+    clip_min: float = 0.5
+
+    asymmetric: ClassVar[bool]
+
+    def __post_init__(self) -> None:
+        check_fields(self.group_size, self.scale_dtype, self.clip_steps, self.clip_min)
+        if self.code not in _WIDTHS:
+            raise AptqError(f"format.code={self.code!r} is not known; use one of {', '.join(_WIDTHS)}.")
+
+    def check(self, option: Option, shape: tuple[int, int]) -> None:
+        """Raise ``AptqError`` for bits that the code has not or a meaningless group size; every shape is served."""
+        del shape
+        if option.bits not in _WIDTHS[self.code]:
+            allowed = ", ".join(map(str, _WIDTHS[self.code]))
+            raise AptqError(f"Floats with format.code={self.code} have {allowed} bits; got bits={option.bits}.")
+        check_group(option)
+
+    def fit(self, weight: Tensor, option: Option, importance: Tensor | None = None) -> LevelGrid:
+        """Fit the scales to a weight ``[heads, rows, in]`` by its range in each group (see the class)."""
+        groups = split_groups(weight, option)
+        weights = [None] * len(groups) if importance is None else split_groups(importance, option)
+        high = torch.stack([group.amax(-1) for group in groups], dim=1).clamp(min=0)  # [heads, groups, rows]
+        low = torch.stack([-group.amin(-1) for group in groups], dim=1).clamp(min=0)
+        if self.asymmetric:
+            # A side that no weight is on has the other's scale: error feedback may take weights there.
+            low, high = torch.where(low > 0, low, high), torch.where(high > 0, high, low)
+        else:
+            low = high = torch.maximum(low, high)
+        table = self._levels(option, weight)
+        scales = self._search(groups, weights, low, high, table, option.bits)
+        return LevelGrid(scales, *LevelGrid.places(weight, option), levels=table, format=self)
+
+    def _levels(self, option: Option, like: Tensor) -> Tensor:
+        dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+        return torch.tensor(levels(self.code, option.bits), dtype=torch.float32, device=like.device).to(dtype)
+
+    def _search(
+        self,
+        groups: list[Tensor],
+        weights: list[Tensor] | list[None],
+        low: Tensor,
+        high: Tensor,
+        table: Tensor,
+        bits: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scales below and above 0, ``[heads, groups, rows]``, of the shrunken ranges with the least error.
+
+        A weight's error depends on the scale of its own side alone: with two scales, each is searched by itself.
+        """
+        best = [stored_scale(end, self.scale_dtype, bits) for end in (low, high)]
+        if not self.clip_steps:
+            return best[0], best[1]
+        least = [torch.full_like(low, float("inf")) for _ in best]
+        for step in range(self.clip_steps + 1):
+            share = 1.0 - (1.0 - self.clip_min) * step / self.clip_steps
+            tried = [stored_scale(end * share, self.scale_dtype, bits) for end in (low, high)]
+            errors = [torch.empty_like(low) for _ in best]
+            for at, (group, weight) in enumerate(zip(groups, weights, strict=True)):
+                below, above = (scale[:, at, :, None] for scale in tried)
+                square = nearest(group, table, below, above)[1].sub_(group).square_()
+                if weight is not None:
+                    square *= weight[:, None]
+                errors[0][:, at] = torch.where(group < 0, square, 0).sum(-1)
+                errors[1][:, at] = torch.where(group < 0, 0, square).sum(-1)
+            if not self.asymmetric:
+                errors[0] += errors[1]
+                errors[1] = errors[0]
+            for side, error in enumerate(errors):
+                better = error < least[side]
+                least[side] = torch.where(better, error, least[side])
+                best[side] = torch.where(better, tried[side], best[side])
+        return best[0], best[1]
+
+    def dequantize(self, quantized: QuantizedWeight, option: Option) -> Tensor:
+        """Return ``level * scale`` as float32 ``[out, in]``, the scale that of the level's side."""
+        codes = quantized.codes.T  # [in, out]: contiguous when it comes from unpacking
+        values = self._levels(option, torch.empty(0, device=codes.device))[codes.int()]
+        above = quantized.parameters["scales"].float()
+        below = quantized.parameters.get("scales_below", quantized.parameters["scales"]).float()
+        size = codes.shape[0] if option.group_size == -1 else option.group_size
+        for group, part in enumerate(values.split(size)):
+            part.mul_(torch.where(part < 0, below[group], above[group]) if self.asymmetric else above[group])
+        return values.T
+
+    def pack(self, quantized: QuantizedWeight, option: Option) -> dict[str, Tensor]:
+        """Return ``qweight`` (planar32), ``scales [groups, out]`` and, with two of them, ``scales_below``."""
+        scales = {name: scale.contiguous() for name, scale in quantized.parameters.items()}
+        return {"qweight": packing.pack(quantized.codes, option.bits), **scales}
+
+    def unpack(self, tensors: Mapping[str, Tensor], option: Option, shape: tuple[int, int]) -> QuantizedWeight:
+        """Invert ``pack``."""
+        scales = {name: tensor for name, tensor in tensors.items() if name != "qweight"}
+        return QuantizedWeight(codes=packing.unpack(tensors["qweight"], option.bits, shape[1]), parameters=scales)
+
+    def packed_layout(self, option: Option, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return shape and dtype of the tensors that ``pack`` gives."""
+        out_features, in_features = shape
+        scale = (option.num_groups(in_features), out_features), SCALE_DTYPES[self.scale_dtype]
+        return {
+            "qweight": (packing.packed_shape(out_features, in_features, option.bits), torch.int32),
+            "scales": scale,
+            **({"scales_below": scale} if self.asymmetric else {}),
+        }
+
+
+def nearest(values: Tensor, table: Tensor, below: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes and what they stand for: the nearest level, scaled by ``below`` for values below 0, else ``above``.
+
+    Args:
+        values: of any shape.
+        table: ``[levels]``, rising.
+        below: broadcasts to ``values``.
+        above: broadcasts to ``values``.
+    """
+    scale = torch.where(values < 0, below, above)
+    codes = torch.bucketize((values / scale).contiguous(), (table[1:] + table[:-1]) / 2)
+    return codes, table[codes] * scale
+
+
+@dataclass(frozen=True, eq=False)
+class LevelGrid(GroupedGrid):
+    """Scales below and above 0 of one weight, and the levels that they scale."""
+
+    levels: Tensor  # [levels], rising
+    format: LevelFormat
+
+    def round(self, values: Tensor, position: int | slice) -> tuple[Tensor, Tensor]:
+        """Round columns to the nearest level; see ``aptq.api.Grid.round``."""
+        return nearest(values, self.levels, *self._at(position))
+
+    def round_entries(self, values: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Round single weights to the nearest level; see ``aptq.api.EntryGrid``."""
+        return nearest(values, self.levels, *self._of_entries(rows, positions))
+
+    def finish(self, codes: Tensor) -> QuantizedWeight:
+        """Bind codes ``[heads, in, rows]`` to the scales, columns back in their natural order."""
+        dtype = SCALE_DTYPES[self.format.scale_dtype]
+        below, above = (self._stored(scale, dtype) for scale in self.parameters)
+        parameters = {"scales": above, **({"scales_below": below} if self.format.asymmetric else {})}
+        return QuantizedWeight(codes=self._natural(codes), parameters=parameters)

@@ -1,0 +1,116 @@
+"""The league table of formats: every format under every quantizer, every layer at the same width.
+
+    python benchmarks/formats.py --model smollm2 --calibration C4_TRAIN.jsonl \
+        --evaluation c4=C4_VALIDATION.jsonl wikitext2=WIKITEXT2_TEST.txt --bits 2 3 4
+
+Each run is a fresh process of the public command line. Results are added to the JSON record one by one, and runs that
+it has are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from tables import as_rich, markdown_table
+
+from runs import Job, add_options, console, footer, full_precision, mean_and_range, mean_of, run_jobs
+
+HERE = Path(__file__).resolve().parent
+
+FORMATS: dict[str, tuple[list[str], Sequence[int]]] = {  # overrides, and the bits that there are
+    "integer": (["format=integer"], range(2, 9)),
+    "integer, symmetric": (["format=integer", "format.symmetric=true"], range(2, 9)),
+    "normal float": (["format=float"], (2, 3, 4)),
+    "normal float, two scales (AFPQ)": (["format=asymmetric_float"], (2, 3, 4)),
+    "floating point": (["format=float", "format.code=fp"], (3, 4)),
+    "floating point, two scales (AFPQ)": (["format=asymmetric_float", "format.code=fp"], (3, 4)),
+}
+QUANTIZERS: dict[str, list[str]] = {
+    "nearest, min-max": ["hessian=identity", "quantizer=nearest", "format.clip_steps=0"],
+    "nearest": ["hessian=input", "quantizer=nearest"],
+    "gptq, min-max": ["hessian=input", "quantizer=gptq", "format.clip_steps=0"],
+    "gptq": ["hessian=input", "quantizer=gptq"],
+}
+ROWS = {
+    f"{format}: {quantizer}": [*FORMATS[format][0], *QUANTIZERS[quantizer]]
+    for format, quantizer in product(FORMATS, QUANTIZERS)
+}
+_FIRST = next(iter(ROWS))
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, HERE / "results" / "formats")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS), metavar="FORMAT")
+    parser.add_argument("--quantizers", nargs="+", default=list(QUANTIZERS), choices=list(QUANTIZERS), metavar="NAME")
+    return parser.parse_args(argv)
+
+
+def jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """Yield the runs that were asked for and that there are."""
+    for bits, seed, quantizer, format in product(options.bits, options.seeds, options.quantizers, options.formats):
+        if bits in FORMATS[format][1]:
+            row = f"{format}: {quantizer}"
+            yield Job(
+                row=row,
+                fields={"bits": bits},
+                words=["allocator=uniform", *ROWS[row], f"allocator.bits={bits}", "format.group_size=64"],
+                overrides=ROWS[row],
+                seed=seed,
+                baseline=row == _FIRST,
+            )
+
+
+def table(record: Mapping[str, Any], bits: int) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows at one width, the best on the first text first."""
+    results = [each for each in record["results"] if each["bits"] == bits]
+    names = list(results[0]["perplexity"]) if results else []
+    by_row = {row: [each for each in results if each["row"] == row] for row in ROWS}
+    known = {row: mine for row, mine in by_row.items() if mine}
+    rows = []
+    for row, mine in sorted(known.items(), key=lambda item: mean(each["perplexity"][names[0]] for each in item[1])):
+        seconds = mean_of(each["seconds"] for each in mine)
+        rows.append(
+            [
+                *row.split(": "),
+                str(len(mine)),
+                f"{mean(each['storage_bits'] for each in mine):.3f}",
+                *(mean_and_range([each["perplexity"][name] for each in mine]) for name in names),
+                "" if seconds is None else f"{seconds:.0f}",
+            ]
+        )
+    return ["format", "quantizer", "seeds", "stored bits", *(f"{name} ppl" for name in names), "s"], rows
+
+
+def as_markdown(record: Mapping[str, Any]) -> str:
+    """Return the page."""
+    told = ", ".join(f"{name} {value:.2f}" for name, value in full_precision(record).items())
+    parts = [
+        "# Formats and quantizers",
+        f"{record['model']} in float32, every layer at the same width, groups of 64; {record['samples']} calibration "
+        f"samples of {record['length']} tokens, perplexity on {record['sequences']} sequences of {record['length']} "
+        f"tokens of each text; full precision: {told}. Rows without *min-max* search group ranges. Seconds are the "
+        "whole process but for judging, and of runs that had the machine for themselves.",
+    ]
+    for bits in sorted({each["bits"] for each in record["results"]}):
+        parts += [f"## {bits} bits", markdown_table(*table(record, bits))]
+    return "\n\n".join(parts + footer(record, ROWS)) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing from the record, and write the page after every run."""
+    options = parse(argv)
+    record = run_jobs(options, jobs(options), as_markdown, "formats")
+    for bits in options.bits:
+        console.print(as_rich(*table(record, bits), title=f"{bits} bits"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Levels of normal and floating-point codes, and rounding to them."""
+
+import pytest
+import torch
+
+from aptq.api import AptqError, Option
+from aptq.formats.float import Float
+from aptq.formats.levels import levels, nearest
+
+
+@pytest.mark.parametrize(
+    ("code", "bits", "published"),
+    [
+        ("fp", 3, [-4, -2, -1, 0, 1, 2, 4]),
+        ("fp", 4, [-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6]),
+        ("normal", 3, [-1, -0.5350227, -0.2469314, 0, 0.1833375, 0.3819939, 0.6229857, 1]),
+        (
+            "normal",
+            4,
+            [
+                *(-1, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0, 0.0795803, 0.1609302),
+                *(0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1),
+            ],
+        ),
+    ],
+)
+def test_levels_are_those_published(code: str, bits: int, published: list[float]) -> None:
+    top = published[-1]
+    assert levels(code, bits) == pytest.approx([value / top for value in published], abs=2e-6)
+
+
+def test_two_bits_have_one_level_below_zero_and_two_above() -> None:
+    low, zero, middle, high = levels("normal", 2)
+    assert (low, zero, high) == (-1, 0, 1)
+    assert 0.3 < middle < 0.6
+
+
+def test_the_nearest_level_is_the_one_at_the_least_distance() -> None:
+    table = torch.tensor(levels("normal", 4), dtype=torch.float64)
+    values = torch.randn(7, 50, dtype=torch.float64)
+    below, above = torch.rand(2, 7, 1, dtype=torch.float64) + 0.2
+    codes, rounded = nearest(values, table, below, above)
+    grid = torch.where(table < 0, below, above) * table  # [7, levels]
+    distance = (values[..., None] - grid[:, None]).abs()
+    assert torch.equal(codes, distance.argmin(-1))
+    assert torch.allclose((values - rounded).abs(), distance.amin(-1))
+
+
+def test_bits_that_a_code_has_not_are_refused() -> None:
+    with pytest.raises(AptqError, match="have 3, 4 bits; got bits=2"):
+        Float(code="fp").check(Option(2, 64), (8, 64))
+    with pytest.raises(AptqError, match="have 2, 3, 4 bits; got bits=8"):
+        Float().check(Option(8, 64), (8, 64))
+    with pytest.raises(AptqError, match="use one of normal, fp"):
+        Float(code="nf")
+    with pytest.raises(AptqError, match="group size"):
+        Float().check(Option(3, 0), (8, 64))
