@@ -38,9 +38,10 @@ class Key:
 
 def keys_of(target: Callable[..., Any]) -> tuple[dict[str, Key], bool]:
     """Return the keys that a dataclass or callable takes by name, and whether it takes any other name too."""
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     if dataclasses.is_dataclass(target):
-        hints = get_type_hints(target)
+        hints = get_type_hints(target)  # its fields' wherever they are declared, base classes included
+    else:
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     parameters = inspect.signature(target).parameters.values()
     factories = {
         field.name: field.default_factory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -44,6 +44,38 @@ class Choices:
     def size(self, chosen: NDArray[np.int64]) -> int:
         """Return the sum of the sizes of a choice ``[units]``, in bits."""
         return int(np.take_along_axis(self.sizes, chosen[:, None], axis=1).sum())
+
+
+@dataclass(frozen=True)
+class Budgeted:
+    """What allocators with a budget share: their options, and what those make of a problem.
+
+    ``bits`` to choose among; ``budget``, in average bits per weight or, with ``count="model"``, megabytes of the whole
+    model; ``count``, what the budget counts ("code", "storage" or "model"); ``pin``, the bits of layers by a pattern of
+    their names; ``group_sizes`` to choose among, those of the format where there are none.
+    """
+
+    bits: tuple[int, ...] = (2, 3, 4, 8)
+    budget: float = 3.5
+    count: str = "code"
+    pin: Mapping[str, int] = field(default_factory=dict)
+    group_sizes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_budget(self.bits, self.budget, self.count, self.pin, self.group_sizes)
+
+    @property
+    def needs_costs(self) -> bool:
+        """Costs are what is minimised."""
+        return True
+
+    def bit_options(self) -> tuple[int, ...]:
+        """Return the widths to choose among."""
+        return self.bits
+
+    def choices(self, problem: Allocation) -> Choices:
+        """Return the problem as arrays; see ``choices``."""
+        return choices(problem, self.budget, self.count, self.pin)
 
 
 def check_budget(

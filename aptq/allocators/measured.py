@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aptq.allocators.choices import Choices, check_budget, choices
+from aptq.allocators.choices import Budgeted, Choices
 from aptq.allocators.exact import solve
 from aptq.allocators.perturbation import perturbation
 from aptq.allocators.relaxation import relaxed
@@ -22,7 +22,7 @@ _SHRINK = 0.7
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Budgeted):
     """Search for the plan with the least measured divergence, from the one with the least predicted cost on.
 
     An evolution strategy over log factors ``z`` on the predicted costs, one a unit and one an option: each round draws
@@ -34,18 +34,13 @@ class Measured:
     the uniform ones that the budget allows, are measured too, and the best of all is taken.
 
     Options: ``rounds`` and ``plans`` of each; ``minutes`` after which no new round is begun; ``samples``; ``spread``,
-    standard deviation of a log factor's three influences (``perturbation``) in the first round; ``seed``. The rest is
-    ``knapsack``'s.
+    standard deviation of a log factor's three influences (``perturbation``) in the first round; ``seed``; and those of
+    ``Budgeted``.
 
     Source: recombination with logarithmic weights is Hansen and Ostermeier's, "Completely derandomized
     self-adaptation in evolution strategies", Evolutionary Computation 9(2), 2001; measuring plans, EXL2's.
     """
 
-    bits: tuple[int, ...] = (2, 3, 4, 8)
-    budget: float = 3.5
-    count: str = "code"
-    pin: Mapping[str, int] = field(default_factory=dict)
-    group_sizes: tuple[int, ...] = ()
     rounds: int = 4
     plans: int = 16
     minutes: float | None = None
@@ -54,7 +49,7 @@ class Measured:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_budget(self.bits, self.budget, self.count, self.pin, self.group_sizes)
+        super().__post_init__()
         for name, least in (("rounds", 1), ("plans", 2), ("samples", 1)):
             if getattr(self, name) < least:
                 raise AptqError(f"allocator.{name}={getattr(self, name)} is not allowed; use {least} or more.")
@@ -64,18 +59,9 @@ class Measured:
             raise AptqError(f"allocator.spread={self.spread} is not allowed; it is a standard deviation above 0.")
 
     @property
-    def needs_costs(self) -> bool:
-        """Costs are where the search begins."""
-        return True
-
-    @property
     def calls(self) -> int:
         """One a round, and one for the plans that it begins with."""
         return self.rounds + 1
-
-    def bit_options(self) -> tuple[int, ...]:
-        """Return the widths to choose among."""
-        return self.bits
 
     def allocate(self, problem: Allocation) -> dict[str, Option]:
         """Return the best plan that was measured.
@@ -85,7 +71,7 @@ class Measured:
         """
         if problem.judge is None:
             raise AptqError("allocator=measured needs a model to measure plans on; for costs alone use knapsack.")
-        table = choices(problem, self.budget, self.count, self.pin)
+        table = self.choices(problem)
         search = _Search(table, problem.judge)
         predicted = solve(table)
         search.measure([predicted, *_uniform(table)])

@@ -1,8 +1,8 @@
 """The contracts between components: all that a plug-in has to import.
 
 A component is a frozen dataclass whose fields are its options and which satisfies one of the protocols below. It
-inherits from nothing. It reaches the program through an entry point in the group of its kind (``aptq.formats``,
-``aptq.quantizers``, ...) and a YAML file with the same name in the config group of its kind.
+need not inherit from anything. It reaches the program through an entry point in the group of its kind
+(``aptq.formats``, ``aptq.quantizers``, ...) and a YAML file with the same name in the config group of its kind.
 
 Shapes: ``out`` and ``in`` are the output and input width of a layer's weight ``[out, in]``; ``heads`` is the number of
 row blocks that have a curvature of their own (1 for most layers), ``rows = out / heads``.
