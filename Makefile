@@ -27,8 +27,9 @@ $(STAMP): pyproject.toml plugins/aptq-ternary/pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/aptq
 
+# A process a core, one thread each: tests are small, and threads would wait for each other.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest --run-slow
