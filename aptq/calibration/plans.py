@@ -43,10 +43,11 @@ class PlanMeter:
         """
         self._few, self._roundings, self._format = few, roundings, format
         self._path, self._last_tokens, self._on_block = path, last_tokens, on_block
-        self._known = _read(path)
         self._calls = 0
         self.seconds = 0.0
-        few.fabric.barrier()  # all have read before the first one writes
+        few.fabric.barrier()  # what another meter has written is there
+        self._known = _read(path)
+        few.fabric.barrier()  # all have read before this one writes
 
     def __call__(self, plans: Sequence[Mapping[str, Option]]) -> list[float]:
         """Return each plan's divergence from the original's predictions, in nats per token."""
