@@ -10,6 +10,7 @@ from lightning.fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
 from aptq import registry
+from aptq.api import Exporter
 from aptq.callbacks import Callbacks
 from aptq.config import compose, to_settings
 from aptq.data import check_data, evaluation_texts
@@ -50,6 +51,7 @@ def build_experiment(config: DictConfig) -> Experiment:
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     run = to_settings(RunSettings, plain["run"], "run")
     target = get_target(plain["target"])
+    target.check_exporter(plain["exporter"]["name"])
     fabric = launch(plain)
     loggers = [registry.build("logger", plain["logger"], save_dir=Path(run.dir))] if plain.get("logger") else []
     return Experiment(
@@ -57,6 +59,7 @@ def build_experiment(config: DictConfig) -> Experiment:
         data=to_settings(DataSettings, plain["data"], "data"),
         run=run,
         **{kind: registry.build(group, plain[group]) for kind, group in _COMPONENTS.items()},
+        exporters=_exporters(plain["exporter"]),
         evaluator=registry.build("evaluator", plain["evaluator"]) if plain.get("evaluator") else None,
         target=target,
         fused=fuses(target, convert(plain["fused"], bool | None, "fused")),
@@ -81,8 +84,13 @@ _COMPONENTS = {
     "allocator": "allocator",
     "format": "format",
     "quantizer": "quantizer",
-    "exporter": "exporter",
 }
+
+
+def _exporters(config: Mapping[str, Any]) -> dict[str, Exporter]:
+    """Return the native exporter and, if it is another one, that which was chosen."""
+    chosen = {str(config["name"]): registry.build("exporter", config)}
+    return chosen if "native" in chosen else {"native": registry.build("exporter", {"name": "native"}), **chosen}
 
 
 def launch(config: Mapping[str, Any]) -> Fabric:
@@ -145,7 +153,8 @@ def export(config: DictConfig | Sequence[str]) -> Path:
         raise AptqError(f"output={output} exists already; remove it or choose another with output=...")
     job = job_of(run)
     exporter = registry.build("exporter", plain["exporter"])
-    exporter.check(job.format, job.format_config["name"], sorted(set(job.plan.values())))
+    options = sorted(set(job.plan.values()))
+    exporter.check(job.format, job.format_config["name"], options, shapes=job.shapes, config=job.config)
     with new_folder(output, "the exported model") as draft:
         exporter.export(job, draft)
     return output

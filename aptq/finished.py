@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aptq import registry
 from aptq.api import AptqError, ExportJob
+from aptq.layer import PackedLinear
 from aptq.run import Run
 from aptq.settings import ModelSettings
 
@@ -20,15 +21,27 @@ if TYPE_CHECKING:
 
 
 def open_for_use(settings: ModelSettings, backend: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer, on the CPU: packed when aptq wrote it, in full precision otherwise."""
-    from transformers import AutoTokenizer  # heavy
+    """Load a model and its tokenizer, on the CPU: packed when aptq wrote it, as it is otherwise.
+
+    Raises:
+        AptqError: there is no such model, or it is one whose loader is not installed.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # heavy
 
     from aptq.hf import load
     from aptq.models import open_model
 
     config = Path(settings.path) / "config.json"
-    if config.is_file() and json.loads(config.read_text()).get("quantization_config", {}).get("quant_method") == "aptq":
-        return load(settings.path, backend=backend, dtype=settings.dtype), AutoTokenizer.from_pretrained(settings.path)
+    quantization = json.loads(config.read_text()).get("quantization_config") if config.is_file() else None
+    if quantization:
+        tokenizer = AutoTokenizer.from_pretrained(settings.path)
+        if quantization.get("quant_method") == "aptq":
+            return load(settings.path, backend=backend, dtype=settings.dtype), tokenizer
+        try:
+            return AutoModelForCausalLM.from_pretrained(settings.path, dtype=settings.dtype), tokenizer
+        except ImportError as error:
+            method = quantization.get("quant_method")
+            raise AptqError(f"{settings.path} is quantized by {method}, and its loader is missing: {error}") from error
     source = open_model(settings)
     return source.load_full(), source.tokenizer
 
@@ -40,6 +53,8 @@ def job_of(run: Run) -> ExportJob:
         AptqError: when the run has no native checkpoint.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig  # heavy
+
+    from aptq.hf import load
 
     folder = run.model_folder
     files = sorted(folder.glob("*.safetensors"))
@@ -66,8 +81,15 @@ def job_of(run: Run) -> ExportJob:
     format_config: dict[str, Any] = quantization["format"]
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
+    skeleton = load(folder, device_map={"": "meta"})
+    shapes = {
+        name: (module.out_features, module.in_features)
+        for name, module in skeleton.named_modules()
+        if isinstance(module, PackedLinear)
+    }
     return ExportJob(
         plan=plan.layers,
+        shapes=shapes,
         format=registry.build("format", format_config),
         format_config=format_config,
         packed=packed,

@@ -40,6 +40,7 @@ from aptq.plan import Plan
 from aptq.planning import average_bits, budget, make_plan
 from aptq.preflight import check_model, preflight
 from aptq.run import Run
+from aptq.run_folder import EXPORTS
 from aptq.settings import DataSettings, ModelSettings, RunSettings
 from aptq.targets import Target
 from aptq.verify import CHECKED, verify
@@ -62,7 +63,7 @@ class Experiment:
     allocator: Allocator
     format: Format
     quantizer: Quantizer
-    exporter: Exporter
+    exporters: Mapping[str, Exporter]  # the native one first; its model is verified, judged and exported anew
     evaluator: Evaluator | None
     target: Target
     backend: str
@@ -214,6 +215,7 @@ def _export(experiment: Experiment, walk: Walk, run: Run, recipe: Recipe) -> Non
     expected = walk.logits(CHECKED) if quantized else stored_logits(walk.beginning(1, CHECKED), recipe, run)
     job = ExportJob(
         plan=recipe.plan,
+        shapes=walk.source.layer_shapes(),
         format=experiment.format,
         format_config=experiment.config["format"],
         packed=run.packed,
@@ -223,8 +225,14 @@ def _export(experiment: Experiment, walk: Walk, run: Run, recipe: Recipe) -> Non
         tokenizer=walk.source.tokenizer,
         provenance={"versions": versions(), "model": experiment.model.path, "seed": experiment.data.seed},
     )
+    native, *others = experiment.exporters.items()
+    for name, exporter in others:  # first, so that a run with its model has all
+        folder = run.folder / EXPORTS / name
+        if not folder.exists():
+            with new_folder(folder, "the exported model") as draft:
+                exporter.export(job, draft)
     with new_folder(run.model_folder, "the model") as draft:
-        experiment.exporter.export(job, draft)
+        native[1].export(job, draft)
         verify(draft, walk, expected, experiment.backend)
 
 

@@ -31,6 +31,8 @@ def check_model(experiment: Experiment, source: ModelSource, options: Sequence[O
         except AptqError as error:
             raise AptqError(f"measure_bits={experiment.measure_bits}: {error}") from error
     experiment.target.check(options, shapes)
+    for exporter in experiment.exporters.values():
+        exporter.check(experiment.format, experiment.format_name, options, shapes=shapes, config=source.config)
     check_length(experiment.data, getattr(source.config, "max_position_embeddings", None))
     if given is not None:
         groups = [*given.fused_groups, *(fused_groups(shapes) if experiment.fused else ())]
@@ -76,7 +78,6 @@ def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
                 f"{experiment.format_name}; add format={given.format_name}."
             )
         options = sorted(set(given.layers.values()))
-    experiment.exporter.check(experiment.format, experiment.format_name, options)
     return options, given
 
 

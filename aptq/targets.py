@@ -16,7 +16,7 @@ class Target:
     ``group_multiple`` is what every group size must be a multiple of, ``group_sizes`` the only ones allowed (None: any
     multiple), ``per_row`` whether -1 is allowed too. ``divisible`` says that the group size must divide a layer's
     input width. ``fused`` says that layers which the consumer fuses (query, key and value; gate and up) must have one
-    option; allocators see to that.
+    option; allocators see to that. ``exporter`` writes what it reads.
     """
 
     name: str
@@ -26,6 +26,12 @@ class Target:
     per_row: bool = True
     divisible: bool = False
     fused: bool = False
+    exporter: str = "compressed_tensors"
+
+    def check_exporter(self, name: str) -> None:
+        """Raise ``AptqError`` for an exporter whose files this consumer does not read; aptq's are always there."""
+        if self.exporter not in ("native", name):
+            raise AptqError(f"Target {self.name} reads what exporter={self.exporter} writes; got exporter={name}.")
 
     def check(self, options: Sequence[Option], shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raise ``AptqError`` unless every option can be served for every layer ``{name: (out, in)}``."""
@@ -59,8 +65,16 @@ class Target:
         return f"group sizes {sizes}" + (" and -1 (a whole row)" if self.per_row else "")
 
 
+_ALL = (2, 3, 4, 5, 6, 7, 8)
 # The packed layout stores 32 weights of a row as one unit; a unit that spanned two groups would need two scales.
-_TARGETS = (Target(name="native", bits=(2, 3, 4, 5, 6, 7, 8), group_multiple=32),)
+# vLLM (0.25 and later) and SGLang: read in their sources and documents, see docs/export.md; not run here.
+_TARGETS = (
+    Target(name="native", bits=_ALL, group_multiple=32, exporter="native"),
+    Target(name="transformers", bits=_ALL, group_multiple=32, divisible=True),
+    Target(name="vllm", bits=_ALL, group_multiple=32, group_sizes=(32, 64, 128), divisible=True, fused=True),
+    Target(name="vllm_cpu", bits=(4,), group_multiple=32, group_sizes=(32, 64, 128), divisible=True, fused=True),
+    Target(name="sglang", bits=(4, 8), group_multiple=32, group_sizes=(32, 64, 128), divisible=True, fused=True),
+)
 
 
 def get_target(name: str) -> Target:

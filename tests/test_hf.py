@@ -44,6 +44,7 @@ def export(source: Path, folder: Path, *, head: bool = False, dtype: str = "floa
     unfuse_experts(model)
     format, nearest = Integer(), Nearest()
     plan: dict[str, Option] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     packed = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or (name == "lm_head" and not head) or name == unpacked:
@@ -53,6 +54,7 @@ def export(source: Path, folder: Path, *, head: bool = False, dtype: str = "floa
         factors = nearest.prepare(Curvature(column=torch.eye(weight.shape[1])[None], tokens=1))
         quantized = nearest.quantize(weight, factors, format, option).weight
         packed[name] = format.pack(quantized, option)
+        shapes[name] = (weight.shape[0], weight.shape[1])
         dense = format.dequantize(quantized, option).to(model.dtype)
         module.weight = nn.Parameter(dense if isinstance(module, nn.Linear) else dense.T)
     tied = model.config.tie_word_embeddings
@@ -63,6 +65,7 @@ def export(source: Path, folder: Path, *, head: bool = False, dtype: str = "floa
     }
     job = ExportJob(
         plan=plan,
+        shapes=shapes,
         format=format,
         format_config={"name": "integer", "group_size": 64, "symmetric": False},
         packed=packed.__getitem__,

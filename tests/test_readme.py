@@ -1,4 +1,4 @@
-"""The commands that README and the help text show compose, every word of them."""
+"""The commands that README, docs and the help text show compose, every word of them."""
 
 import re
 import shlex
@@ -14,7 +14,9 @@ PRIMARIES = {path.stem for path in (ROOT / "conf").glob("*.yaml")}
 
 
 def _commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     template = yaml.safe_load((ROOT / "conf" / "quantize.yaml").read_text(encoding="utf-8"))["hydra"]["help"][
         "template"
     ]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from aptq.api import AptqError, Option
-from aptq.targets import Target, get_target
+from aptq.targets import Target, fuses, get_target
 
 SHAPES = {"a": (64, 100), "b": (32, 64)}
 
@@ -42,3 +42,15 @@ def test_a_target_may_ask_for_one_of_some_sizes_that_divide() -> None:
 def test_an_unknown_target_is_answered_with_the_nearest_and_the_list() -> None:
     with pytest.raises(AptqError, match=r"'nativ'.*native.*Targets: native"):
         get_target("nativ")
+
+
+def test_what_serves_others_fuses_layers_and_says_so() -> None:
+    vllm, native = get_target("vllm"), get_target("native")
+    assert fuses(vllm, None)
+    assert not fuses(native, None)
+    assert fuses(native, True)
+    with pytest.raises(AptqError, match="target=vllm runs query, key and value"):
+        fuses(vllm, False)
+    native.check_exporter("compressed_tensors")
+    with pytest.raises(AptqError, match="reads what exporter=compressed_tensors writes"):
+        vllm.check_exporter("native")

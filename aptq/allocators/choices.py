@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -58,11 +58,11 @@ class Budgeted:
     bits: tuple[int, ...] = (2, 3, 4, 8)
     budget: float = 3.5
     count: str = "code"
-    pin: Mapping[str, int] = field(default_factory=dict)
+    pin: Mapping[str, int] | None = None
     group_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        check_budget(self.bits, self.budget, self.count, self.pin, self.group_sizes)
+        check_budget(self.bits, self.budget, self.count, self.pin or {}, self.group_sizes)
 
     @property
     def needs_costs(self) -> bool:
@@ -75,7 +75,7 @@ class Budgeted:
 
     def choices(self, problem: Allocation) -> Choices:
         """Return the problem as arrays; see ``choices``."""
-        return choices(problem, self.budget, self.count, self.pin)
+        return choices(problem, self.budget, self.count, self.pin or {})
 
 
 def check_budget(

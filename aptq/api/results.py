@@ -24,6 +24,7 @@ class ExportJob:
     """
 
     plan: Mapping[str, Option]
+    shapes: Mapping[str, tuple[int, int]]  # (out, in) of every layer in the plan
     format: Format
     format_config: Mapping[str, Any]  # name and options of the format, as in the config
     packed: Callable[[str], Mapping[str, Tensor]]
@@ -38,8 +39,19 @@ class ExportJob:
 class Exporter(Protocol):
     """What is written to disk, and who loads it."""
 
-    def check(self, format: Format, format_name: str, options: Sequence[Option]) -> None:
-        """Raise ``AptqError`` before any work when these options cannot be written."""
+    def check(
+        self,
+        format: Format,
+        format_name: str,
+        options: Sequence[Option],
+        *,
+        shapes: Mapping[str, tuple[int, int]],
+        config: Any,
+    ) -> None:
+        """Raise ``AptqError`` before any work when layers of these shapes cannot be written at these options.
+
+        ``shapes`` are ``(out, in)`` by name, ``config`` is the model's (transformers' PretrainedConfig).
+        """
 
     def export(self, job: ExportJob, folder: Path) -> None:
         """Write a model folder. The caller gives a temporary folder and renames it when this returns."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from aptq.api import AptqError, ExportJob, Format, Option
+from aptq.exporters.folder import write_folder
 from aptq.hf import AptqConfig
-from aptq.shards import DTYPES, TensorInfo, explain_full_disk, parse_size, plan_shards, sync_folder, write_shards
+from aptq.shards import DTYPES, parse_size
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,17 @@ class Native:
         """Raise ``AptqError`` when the shard size is none."""
         parse_size(self.max_shard_size)
 
-    def check(self, format: Format, format_name: str, options: Sequence[Option]) -> None:
+    def check(
+        self,
+        format: Format,
+        format_name: str,
+        options: Sequence[Option],
+        *,
+        shapes: Mapping[str, tuple[int, int]],
+        config: Any,
+    ) -> None:
         """Raise ``AptqError`` when a tensor of the format has a dtype that safetensors cannot hold."""
+        del shapes, config
         for option in options:
             width = max(32, option.group_size)
             for name, (_, dtype) in format.packed_layout(option, (32, width)).items():
@@ -46,19 +56,8 @@ class Native:
         Raises:
             AptqError: when the disk is too small, before or while writing.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        infos = (TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in _tensors(job))
-        shards = plan_shards(infos, parse_size(self.max_shard_size))
-        config = copy.deepcopy(job.config)
-        config.quantization_config = AptqConfig.from_plan(job.plan, job.format_config, job.provenance)
-        with explain_full_disk(folder, sum(shard.nbytes for shard in shards)):
-            write_shards(folder, shards, _tensors(job))
-            config.save_pretrained(folder)
-            if job.generation_config is not None:
-                job.generation_config.save_pretrained(folder)
-            if job.tokenizer is not None:
-                job.tokenizer.save_pretrained(folder)
-            sync_folder(folder)
+        quantization = AptqConfig.from_plan(job.plan, job.format_config, job.provenance)
+        write_folder(job, folder, lambda: _tensors(job), quantization, self.max_shard_size)
 
 
 def _tensors(job: ExportJob) -> Iterator[tuple[str, Tensor]]:

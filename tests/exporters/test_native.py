@@ -31,6 +31,7 @@ def job() -> ExportJob:
 
     return ExportJob(
         plan=PLAN,
+        shapes={"model.layers.0.mlp.up_proj": (8, 64), "model.layers.0.mlp.down_proj": (5, 32)},
         format=Integer(),
         format_config={"name": "integer", "group_size": 64, "symmetric": True},
         packed=PACKED.__getitem__,
@@ -77,7 +78,7 @@ def test_large_models_are_sharded(tmp_path: Path) -> None:
 
 
 def test_check_accepts_what_the_format_can_pack() -> None:
-    Native().check(Integer(), "integer", [Option(2, 32), Option(8, -1)])
+    Native().check(Integer(), "integer", [Option(2, 32), Option(8, -1)], shapes={"a": (8, 64)}, config=None)
 
 
 def test_check_refuses_a_dtype_that_cannot_be_stored() -> None:
@@ -88,7 +89,7 @@ def test_check_refuses_a_dtype_that_cannot_be_stored() -> None:
             return {"phases": ((1,), torch.complex64)}
 
     with pytest.raises(AptqError, match=r"odd packs phases as torch.complex64.*float16"):
-        Native().check(Odd(), "odd", [Option(4, 64)])
+        Native().check(Odd(), "odd", [Option(4, 64)], shapes={"a": (8, 64)}, config=None)
 
 
 def test_a_shard_size_that_is_none_is_refused_at_once() -> None:

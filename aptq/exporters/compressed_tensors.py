@@ -1,0 +1,137 @@
+"""The ``pack-quantized`` format of compressed-tensors: what transformers, vLLM and SGLang read without aptq."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aptq.api import AptqError, ExportJob, Format, Option
+from aptq.exporters.folder import write_folder
+from aptq.shards import parse_size
+
+_ROWS = 1024
+"""Rows that are packed at a time: their single bits are in memory for a moment."""
+
+
+@dataclass(frozen=True)
+class CompressedTensors:
+    """Write symmetric integers of 2 to 8 bits, mixed as the plan has them, as compressed-tensors stores them.
+
+    ``weight_packed int32 [out, ceil(in bits / 32)]`` holds each row as one stream of codes, the lowest bits first;
+    ``weight_scale [out, groups]`` is in the dtype of the model, ``weight_shape int64 [2]`` is ``[out, in]``. Each
+    option of the plan is one of the ``config_groups``, its layers by name. A file is at most ``max_shard_size``.
+
+    transformers needs the package compressed-tensors to load it (0.18 or later where a layer has 3, 5, 6 or 7 bits,
+    whose layout was another one before), and turns the weights dense at the first use.
+
+    Source: https://github.com/vllm-project/compressed-tensors, ``PackedQuantizationCompressor``.
+    """
+
+    max_shard_size: str | int = "4GB"
+
+    def __post_init__(self) -> None:
+        """Raise ``AptqError`` when the shard size is none."""
+        parse_size(self.max_shard_size)
+
+    def check(
+        self,
+        format: Format,
+        format_name: str,
+        options: Sequence[Option],
+        *,
+        shapes: Mapping[str, tuple[int, int]],
+        config: Any,
+    ) -> None:
+        """Raise ``AptqError`` for another format than symmetric integers, and layers that the readers cannot take."""
+        if format_name != "integer" or not getattr(format, "symmetric", False):
+            raise AptqError(
+                f"exporter=compressed_tensors stores symmetric integers, which its readers agree on; got "
+                f"format={format_name}. Use format=integer format.symmetric=true."
+            )
+        for option in options:
+            for name, (_, width) in shapes.items():
+                if option.group_size != -1 and width % option.group_size:
+                    raise AptqError(
+                        f"exporter=compressed_tensors needs group sizes that divide a layer's input width; "
+                        f"{option.group_size} does not divide the {width} of {name}. Set format.group_size, or -1."
+                    )
+        experts = next((name for name in shapes if ".experts." in name), None)
+        if experts is not None:
+            raise AptqError(
+                f"exporter=compressed_tensors cannot write mixtures of experts yet ({experts}); use exporter=native."
+            )
+        if config.model_type == "gpt2":
+            raise AptqError(
+                "exporter=compressed_tensors: its readers have no Conv1D, as GPT-2 has; use exporter=native."
+            )
+        dtype, scales = str(_dtype(config)).removeprefix("torch."), getattr(format, "scale_dtype", None)
+        if dtype not in ("float32", scales):
+            raise AptqError(
+                f"exporter=compressed_tensors stores scales in the model's dtype, {dtype}, to which those of "
+                f"format.scale_dtype={scales} would be rounded once more; set format.scale_dtype={dtype}."
+            )
+
+    def export(self, job: ExportJob, folder: Path) -> None:
+        """Write a model folder (see the class).
+
+        Raises:
+            AptqError: when the disk is too small, before or while writing.
+        """
+        groups: dict[Option, list[str]] = {}
+        for name, option in job.plan.items():
+            groups.setdefault(option, []).append(name)
+        quantization = {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "ignore": [] if "lm_head" in job.plan else ["lm_head"],
+            "config_groups": {
+                f"group_{number}": {"targets": groups[option], "weights": _scheme(option)}
+                for number, option in enumerate(sorted(groups))
+            },
+        }
+        write_folder(job, folder, lambda: _tensors(job), quantization, self.max_shard_size)
+
+
+def _scheme(option: Option) -> dict[str, Any]:
+    strategy = (
+        {"strategy": "channel"} if option.group_size == -1 else {"strategy": "group", "group_size": option.group_size}
+    )
+    return {"num_bits": option.bits, "type": "int", **strategy, "symmetric": True, "dynamic": False}
+
+
+def _dtype(config: Any) -> torch.dtype:
+    dtype: torch.dtype | None = config.dtype
+    return torch.float32 if dtype is None else dtype
+
+
+def _tensors(job: ExportJob) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the checkpoint; twice the same when called twice."""
+    for layer, option in job.plan.items():
+        shape = job.shapes[layer]
+        quantized = job.format.unpack(job.packed(layer), option, shape)
+        yield f"{layer}.weight_packed", pack_rows(quantized.codes, option.bits)
+        yield f"{layer}.weight_scale", quantized.parameters["scales"].T.to(_dtype(job.config)).contiguous()
+        yield f"{layer}.weight_shape", torch.tensor(shape)
+    yield from job.full_precision()
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes ``[out, in]`` in ``[0, 2^bits)`` into int32 ``[out, ceil(in bits / 32)]``.
+
+    Code ``i`` of a row takes the bits ``[i bits, (i + 1) bits)`` of its stream, which is cut into words, the lowest bit
+    first; a code may lie in two words.
+    """
+    places = torch.arange(32, dtype=torch.int64, device=codes.device)
+    parts = []
+    for part in codes.split(_ROWS):
+        stream = (part[:, :, None] >> torch.arange(bits, dtype=codes.dtype, device=codes.device)) & 1
+        stream = torch.nn.functional.pad(stream.flatten(1), (0, -part.shape[1] * bits % 32))
+        words = (stream.view(len(part), -1, 32).to(torch.int64) << places).sum(-1)
+        parts.append(torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32))
+    return torch.cat(parts)

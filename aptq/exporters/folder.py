@@ -1,0 +1,47 @@
+"""A model folder as transformers reads it: shards, config, generation config, tokenizer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from aptq.api import ExportJob
+from aptq.shards import TensorInfo, explain_full_disk, parse_size, plan_shards, sync_folder, write_shards
+
+
+def write_folder(
+    job: ExportJob,
+    folder: Path,
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]],
+    quantization: Any,
+    max_shard_size: str | int,
+) -> None:
+    """Write a model folder, one tensor in memory at a time.
+
+    Args:
+        job: where config, generation config and tokenizer are from.
+        folder: to write into.
+        tensors: gives every tensor of the checkpoint by name; twice the same when called twice.
+        quantization: ``config.json``'s ``quantization_config``.
+        max_shard_size: "4GB", or bytes.
+
+    Raises:
+        AptqError: when the disk is too small, before or while writing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    infos = (TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors())
+    shards = plan_shards(infos, parse_size(max_shard_size))
+    config = copy.deepcopy(job.config)
+    config.quantization_config = quantization
+    with explain_full_disk(folder, sum(shard.nbytes for shard in shards)):
+        write_shards(folder, shards, tensors())
+        config.save_pretrained(folder)
+        if job.generation_config is not None:
+            job.generation_config.save_pretrained(folder)
+        if job.tokenizer is not None:
+            job.tokenizer.save_pretrained(folder)
+        sync_folder(folder)
