@@ -34,6 +34,7 @@ ROWS: dict[str, list[str]] = {
     "gptq, damping 0.05": ["quantizer.damping=0.05"],
     "gptq": [],
     "gptq, damping 0.3": ["quantizer.damping=0.3"],
+    "gptq, ends of ranges apart": ["format.clip=asymmetric"],
     "gptq, refined": ["quantizer.refine=3"],
     "foem": ["quantizer=foem"],
     "gptaq": ["quantizer=gptaq"],

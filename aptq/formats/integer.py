@@ -12,6 +12,8 @@ from aptq import packing
 from aptq.api import AptqError, Option, QuantizedWeight
 from aptq.formats.grouped import SCALE_DTYPES, GroupedGrid, check_fields, check_group, split_groups, stored_scale
 
+_CLIPS = ("shared", "asymmetric")
+
 
 @dataclass(frozen=True)
 class Integer:
@@ -20,7 +22,10 @@ class Integer:
     ``symmetric`` fixes the zero at ``2^(bits-1)`` and stores none; otherwise each group has a zero of ``bits`` bits and
     its range always holds 0. Scales are rounded to ``scale_dtype`` *before* codes are chosen, so that what is stored is
     what was rounded to. ``clip_steps`` > 0 searches, per group, that many smaller ranges (down to ``clip_min`` of the
-    full one) for the least rounding error, each column weighed by the curvature's diagonal where there is one.
+    full one) for the least rounding error, each column weighed by the curvature's diagonal where there is one. With
+    ``clip="shared"`` both ends of the range shrink alike; ``clip="asymmetric"`` then searches each end by itself
+    (BitDistiller, ACL 2024, section 3.1, there over all pairs and with inputs in place of weights), in three times the
+    time.
     """
 
     group_size: int = 64
@@ -28,9 +33,12 @@ class Integer:
     scale_dtype: str = "float16"
     clip_steps: int = 8
     clip_min: float = 0.5
+    clip: str = "shared"
 
     def __post_init__(self) -> None:
         check_fields(self.group_size, self.scale_dtype, self.clip_steps, self.clip_min)
+        if self.clip not in _CLIPS:
+            raise AptqError(f"format.clip={self.clip!r} is not known; use one of {', '.join(_CLIPS)}.")
 
     def check(self, option: Option, shape: tuple[int, int]) -> None:
         """Raise ``AptqError`` for bits outside 2-8 or a meaningless group size; every shape is served."""
@@ -62,23 +70,34 @@ class Integer:
     def _search(
         self, groups: list[Tensor], weights: list[Tensor] | None, low: Tensor, high: Tensor, bits: int
     ) -> tuple[Tensor, Tensor]:
-        """Return the scale and zero of the shrunken range with the least (weighted) squared error in each group."""
-        best_scale, best_zero = self._grid(low, high, bits)
-        best_error = torch.full_like(low, float("inf"))
-        for step in range(self.clip_steps + 1):
-            share = 1.0 - (1.0 - self.clip_min) * step / self.clip_steps
-            scale, zero = self._grid(low * share, high * share, bits)
-            error = torch.empty_like(low)
-            for g, group in enumerate(groups):
-                exact = (group / scale[:, g, :, None]).add_(zero[:, g, :, None])  # codes before rounding
-                square = exact.round().clamp_(0, (1 << bits) - 1).sub_(exact).square_()
-                error[:, g] = square.sum(-1) if weights is None else (square @ weights[g].unsqueeze(-1)).squeeze(-1)
-            error *= scale.square()
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, zero, best_zero)
-        return best_scale, best_zero
+        """Return the scale and zero of the range with the least (weighted) squared error in each group.
+
+        First both ends shrink alike; with ``clip="asymmetric"`` each end is then searched with the other one in place.
+        """
+        shares = [1.0 - (1.0 - self.clip_min) * step / self.clip_steps for step in range(self.clip_steps + 1)]
+        best = _Range(low, high, *self._grid(low, high, bits), error=torch.full_like(low, float("inf")))
+        for share in shares:
+            best = best.or_better(self._range(groups, weights, low * share, high * share, bits))
+        if self.clip == "asymmetric" and not self.symmetric:
+            top = best.high
+            for share in shares:
+                best = best.or_better(self._range(groups, weights, low * share, top, bits))
+            bottom = best.low
+            for share in shares:
+                best = best.or_better(self._range(groups, weights, bottom, high * share, bits))
+        return best.scale, best.zero
+
+    def _range(
+        self, groups: list[Tensor], weights: list[Tensor] | None, low: Tensor, high: Tensor, bits: int
+    ) -> _Range:
+        """Return what rounding within a range costs."""
+        scale, zero = self._grid(low, high, bits)
+        error = torch.empty_like(low)
+        for g, group in enumerate(groups):
+            exact = (group / scale[:, g, :, None]).add_(zero[:, g, :, None])  # codes before rounding
+            square = exact.round().clamp_(0, (1 << bits) - 1).sub_(exact).square_()
+            error[:, g] = square.sum(-1) if weights is None else (square @ weights[g].unsqueeze(-1)).squeeze(-1)
+        return _Range(low, high, scale, zero, error=error.mul_(scale.square()))
 
     def dequantize(self, quantized: QuantizedWeight, option: Option) -> Tensor:
         """Return ``(code - zero) * scale`` as float32 ``[out, in]`` (a transposed view of memory ``[in, out]``)."""
@@ -121,6 +140,23 @@ class Integer:
         if not self.symmetric:
             layout["qzeros"] = (packing.packed_shape(groups, out_features, option.bits), torch.int32)
         return layout
+
+
+@dataclass(frozen=True, eq=False)
+class _Range:
+    """A range for each group, ``[heads, groups, rows]``, its grid, and what rounding to it costs."""
+
+    low: Tensor
+    high: Tensor
+    scale: Tensor
+    zero: Tensor
+    error: Tensor
+
+    def or_better(self, other: _Range) -> _Range:
+        """Return the better one of each group; this one where they are equal."""
+        better = other.error < self.error
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return _Range(*(torch.where(better, theirs, mine) for mine, theirs in pairs))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,7 @@
 """The integer grid against its definition."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -9,7 +11,8 @@ from aptq.testing import check_format
 
 
 @pytest.mark.parametrize(
-    "format", [Integer(), Integer(symmetric=True), Integer(scale_dtype="bfloat16"), Integer(clip_steps=0)]
+    "format",
+    [Integer(), Integer(symmetric=True, scale_dtype="bfloat16"), Integer(clip="asymmetric"), Integer(clip_steps=0)],
 )
 def test_keeps_the_contract(format: Integer) -> None:
     check_format(format, bits=(2, 3, 4, 8))
@@ -58,6 +61,31 @@ def test_symmetric_grid_mirrors() -> None:
     assert torch.equal(_values(format, weight, option)[inner], -_values(format, -weight, option)[inner])
 
 
+def _best_of_all_pairs(weight: torch.Tensor, option: Option, steps: int) -> torch.Tensor:
+    """Return the least error of each row, of all pairs of ends."""
+    shares = [1 - 0.5 * step / steps for step in range(steps + 1)]
+    top, errors = (1 << option.bits) - 1, []
+    for a, b in product(shares, shares):
+        low, high = a * weight.amin(1, keepdim=True), b * weight.amax(1, keepdim=True)
+        scale = ((high - low) / top).half().float()
+        zero = (-low / scale).round().clamp(0, top)
+        rounded = ((weight / scale + zero).round().clamp(0, top) - zero) * scale
+        errors.append((weight - rounded).square().sum(1))
+    return torch.stack(errors).amin(0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_ends_searched_by_themselves_come_near_to_the_best_pair(bits: int) -> None:
+    weight = torch.randn(200, 64).exp() - 1.5  # skewed
+    option = Option(bits, -1)
+    shared, apart = (
+        (weight - _values(Integer(clip=clip), weight, option)).square().sum(1) for clip in ("shared", "asymmetric")
+    )
+    best = _best_of_all_pairs(weight, option, 8)
+    assert bool((apart <= shared * (1 + 1e-5)).all())
+    assert apart.sum() - best.sum() < 0.5 * (shared.sum() - best.sum())
+
+
 def test_clip_search_never_fits_worse_than_the_full_range() -> None:
     weight = torch.randn(16, 256) ** 3  # heavy tails
     importance = torch.rand(1, 256)
@@ -88,6 +116,7 @@ def test_storage_counts_codes_scales_and_packed_zeros() -> None:
         ({"scale_dtype": "int8"}, "scale_dtype"),
         ({"group_size": 0}, "group_size=0"),
         ({"clip_steps": -1}, "clip_steps"),
+        ({"clip": "both"}, "use one of shared, asymmetric"),
     ],
 )
 def test_options_are_checked(options: dict[str, object], message: str) -> None:
