@@ -29,7 +29,7 @@ demo: $(STAMP)
 
 # A process a core, one thread each: tests are small, and threads would wait for each other.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest --run-slow
