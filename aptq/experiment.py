@@ -88,9 +88,9 @@ _COMPONENTS = {
 
 
 def _exporters(config: Mapping[str, Any]) -> dict[str, Exporter]:
-    """Return the native exporter and, if it is another one, that which was chosen."""
-    chosen = {str(config["name"]): registry.build("exporter", config)}
-    return chosen if "native" in chosen else {"native": registry.build("exporter", {"name": "native"}), **chosen}
+    """Return the native exporter, by the chosen options if it is the chosen one, and that which was chosen."""
+    native = {"native": registry.build("exporter", {"name": "native"})}
+    return {**native, str(config["name"]): registry.build("exporter", config)}
 
 
 def launch(config: Mapping[str, Any]) -> Fabric:

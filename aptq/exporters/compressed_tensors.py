@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aptq.api import AptqError, ExportJob, Format, Option
+from aptq.api import AptqError, ExportJob, Format, Option, QuantizedWeight
 from aptq.exporters.folder import write_folder
 from aptq.shards import parse_size
 
@@ -48,7 +48,7 @@ class CompressedTensors:
         config: Any,
     ) -> None:
         """Raise ``AptqError`` for another format than symmetric integers, and layers that the readers cannot take."""
-        if format_name != "integer" or not getattr(format, "symmetric", False):
+        if not all(_is_symmetric_integer(format, option) for option in options):
             raise AptqError(
                 f"exporter=compressed_tensors stores symmetric integers, which its readers agree on; got "
                 f"format={format_name}. Use format=integer format.symmetric=true."
@@ -96,6 +96,19 @@ class CompressedTensors:
             },
         }
         write_folder(job, folder, lambda: _tensors(job), quantization, self.max_shard_size)
+
+
+def _is_symmetric_integer(format: Format, option: Option) -> bool:
+    """Whether codes of a format mean ``(code - 2^(bits-1)) * scale``, with nothing else stored: asked of the format."""
+    codes = torch.arange(1 << option.bits)[None]
+    if set(format.packed_layout(option, (32, 128))) != {"qweight", "scales"}:
+        return False
+    one = QuantizedWeight(codes=codes, parameters={"scales": torch.ones(1, 1)})
+    try:
+        values = format.dequantize(one, Option(option.bits, -1))
+    except (KeyError, IndexError):  # it has fewer levels, or parameters of its own
+        return False
+    return torch.equal(values, codes - float(1 << (option.bits - 1)))
 
 
 def _scheme(option: Option) -> dict[str, Any]:
