@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from aptq.api import DivergenceMetric, LayerStatistics, LossMetric, MeasuringAllocator, Option, PlanJudge
+from aptq.api.allocation import units_of
 from aptq.calibration.guidance import STAGE as GRADIENTS
 from aptq.calibration.measure import STAGE as MEASURE
 from aptq.calibration.measure import Rounding, measure
@@ -122,17 +123,15 @@ class Measurement:
     def _each_alone(self, metric: DivergenceMetric) -> Mapping[str, LayerStatistics]:
         """Measure the model with one unit rounded at a time: layers of a fused group together."""
         walk, blocks = self._walk, self._walk.source.num_steps
-        last, fused = metric.last_tokens, [list(group) for group in self._fused]
-        cache = self._cache({"divergence": [metric.samples, last, fused]})
+        cache = self._cache({"divergence": [metric.samples, metric.last_tokens, self._fused]})
         if (found := cache.load_all(blocks)) is not None:
             return found
         statistics = self._measure(with_roundings=True)
-        together = {name: group for group in fused for name in group}
         with self._stages(DIVERGENCE, blocks, "block"):
             for index, names in enumerate(walk.source.layers_by_step()):
                 if cache.load(index) is not None:
                     continue
-                rows = self._alone(metric, index, [together.get(name, [name]) for name in names], statistics)
+                rows = self._alone(metric, index, units_of(names, self._fused), statistics)
                 if walk.fabric.global_rank == 0:
                     cache.save(index, rows)
         walk.fabric.barrier()  # the first rank writes
@@ -142,11 +141,10 @@ class Measurement:
         self,
         metric: DivergenceMetric,
         index: int,
-        groups: Sequence[Sequence[str]],
+        units: Sequence[Sequence[str]],
         statistics: Mapping[str, LayerStatistics],
     ) -> list[LayerStatistics]:
         """Measure a block's units; a layer has its share by weights of what its unit does."""
-        units = [list(unit) for unit in dict.fromkeys(map(tuple, groups))]
         plans = [dict.fromkeys(unit, option) for unit in units for option in self._options]
         meter = self._meter(
             metric.samples, metric.last_tokens, lambda done, name: self._advance(DIVERGENCE, index + done, name)

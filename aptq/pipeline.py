@@ -225,14 +225,14 @@ def _export(experiment: Experiment, walk: Walk, run: Run, recipe: Recipe) -> Non
         tokenizer=walk.source.tokenizer,
         provenance={"versions": versions(), "model": experiment.model.path, "seed": experiment.data.seed},
     )
-    native, *others = experiment.exporters.items()
+    (_, native), *others = experiment.exporters.items()
     for name, exporter in others:  # first, so that a run with its model has all
         folder = run.folder / EXPORTS / name
         if not folder.exists():
             with new_folder(folder, "the exported model") as draft:
                 exporter.export(job, draft)
     with new_folder(run.model_folder, "the model") as draft:
-        native[1].export(job, draft)
+        native.export(job, draft)
         verify(draft, walk, expected, experiment.backend)
 
 

@@ -46,6 +46,11 @@ class TensorInfo:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> TensorInfo:
+        """Return what is to be known of a tensor at hand."""
+        return cls(name, tensor.dtype, tuple(tensor.shape))
+
     @property
     def nbytes(self) -> int:
         """Size in bytes."""

@@ -9,7 +9,6 @@ from typing import Any
 from lightning.fabric.loggers.logger import Logger
 
 from aptq.api import Callback, LayerReport
-from aptq.report import write_report
 
 __all__ = ["LoggerCallback"]
 
@@ -55,6 +54,8 @@ class LoggerCallback(Callback):
         self._log(_numbers({key: value for key, value in metrics.items() if key != "seconds"}), self._step + 1)
         takers = [logger for logger in self.loggers if callable(getattr(logger, "log_run", None))]
         if takers:
+            from aptq.report import write_report  # draws: not every run needs it
+
             write_report(folder)
         for logger in takers:
             logger.log_run(folder)  # type: ignore[attr-defined]

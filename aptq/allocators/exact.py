@@ -17,7 +17,7 @@ _SECONDS = 2.0
 
 
 def solve(table: Choices) -> NDArray[np.int64]:
-    """Return the column of each row (``[layers]``) that costs least within the limit.
+    """Return the column of each row (``[units]``) that costs least within the limit.
 
     Least but for a millionth: of the cost where the bound proves as much, else of the largest difference that is left
     to HiGHS to decide.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -103,6 +103,12 @@ class DivergenceMetric(SensitivityMetric, Protocol):
         """Of each sample, how many predictions are compared, from its end; None for all."""
 
 
+def units_of(names: Iterable[str], fused: Iterable[Sequence[str]]) -> list[list[str]]:
+    """Return layers in their order, those of one of the groups in ``fused`` together, where its first one stands."""
+    together = {name: list(group) for group in fused for name in group}
+    return [unit for name in names if (unit := together.get(name, [name]))[0] == name]
+
+
 class PlanJudge(Protocol):
     """What plans do to the model's predictions: measured, not predicted."""
 
@@ -144,9 +150,7 @@ class Allocation:
 
     def units(self) -> list[list[str]]:
         """Return all layers, those that share an option together, in the order of the model."""
-        together = {name: list(group) for group in self.fused for name in group}
-        units = [together.get(name, [name]) for name in self.shapes]
-        return [unit for unit, name in zip(units, self.shapes, strict=True) if unit[0] == name]
+        return units_of(self.shapes, self.fused)
 
     def blocks(self) -> list[list[str]]:
         """Return the names of each block's layers, from the first block to the last.

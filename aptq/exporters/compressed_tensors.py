@@ -12,7 +12,8 @@ from torch import Tensor
 
 from aptq.api import AptqError, ExportJob, Format, Option, QuantizedWeight
 from aptq.exporters.folder import write_folder
-from aptq.shards import parse_size
+from aptq.shards import TensorInfo, parse_size
+from aptq.targets import get_target
 
 _ROWS = 1024
 """Rows that are packed at a time: their single bits are in memory for a moment."""
@@ -53,13 +54,7 @@ class CompressedTensors:
                 f"exporter=compressed_tensors stores symmetric integers, which its readers agree on; got "
                 f"format={format_name}. Use format=integer format.symmetric=true."
             )
-        for option in options:
-            for name, (_, width) in shapes.items():
-                if option.group_size != -1 and width % option.group_size:
-                    raise AptqError(
-                        f"exporter=compressed_tensors needs group sizes that divide a layer's input width; "
-                        f"{option.group_size} does not divide the {width} of {name}. Set format.group_size, or -1."
-                    )
+        get_target("transformers").check(options, shapes)  # the least that any of its readers asks for
         experts = next((name for name in shapes if ".experts." in name), None)
         if experts is not None:
             raise AptqError(
@@ -95,7 +90,7 @@ class CompressedTensors:
                 for number, option in enumerate(sorted(groups))
             },
         }
-        write_folder(job, folder, lambda: _tensors(job), quantization, self.max_shard_size)
+        write_folder(job, folder, _infos(job), _tensors(job), quantization, self.max_shard_size)
 
 
 def _is_symmetric_integer(format: Format, option: Option) -> bool:
@@ -123,8 +118,20 @@ def _dtype(config: Any) -> torch.dtype:
     return torch.float32 if dtype is None else dtype
 
 
+def _infos(job: ExportJob) -> Iterator[TensorInfo]:
+    """Yield what ``_tensors`` will, without packing anything."""
+    for layer, option in job.plan.items():
+        out_features, in_features = job.shapes[layer]
+        words = -(-in_features * option.bits // 32)
+        yield TensorInfo(f"{layer}.weight_packed", torch.int32, (out_features, words))
+        scales = (out_features, option.num_groups(in_features))
+        yield TensorInfo(f"{layer}.weight_scale", _dtype(job.config), scales)
+        yield TensorInfo(f"{layer}.weight_shape", torch.int64, (2,))
+    yield from (TensorInfo.of(name, tensor) for name, tensor in job.full_precision())
+
+
 def _tensors(job: ExportJob) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the checkpoint; twice the same when called twice."""
+    """Yield every tensor of the checkpoint."""
     for layer, option in job.plan.items():
         shape = job.shapes[layer]
         quantized = job.format.unpack(job.packed(layer), option, shape)

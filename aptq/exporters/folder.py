@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from aptq.shards import TensorInfo, explain_full_disk, parse_size, plan_shards, 
 def write_folder(
     job: ExportJob,
     folder: Path,
-    tensors: Callable[[], Iterator[tuple[str, Tensor]]],
+    infos: Iterable[TensorInfo],
+    tensors: Iterable[tuple[str, Tensor]],
     quantization: Any,
     max_shard_size: str | int,
 ) -> None:
@@ -25,7 +26,8 @@ def write_folder(
     Args:
         job: where config, generation config and tokenizer are from.
         folder: to write into.
-        tensors: gives every tensor of the checkpoint by name; twice the same when called twice.
+        infos: of every tensor of the checkpoint, in order.
+        tensors: the same by name; taken when all is planned.
         quantization: ``config.json``'s ``quantization_config``.
         max_shard_size: "4GB", or bytes.
 
@@ -33,12 +35,11 @@ def write_folder(
         AptqError: when the disk is too small, before or while writing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    infos = (TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors())
     shards = plan_shards(infos, parse_size(max_shard_size))
     config = copy.deepcopy(job.config)
     config.quantization_config = quantization
     with explain_full_disk(folder, sum(shard.nbytes for shard in shards)):
-        write_shards(folder, shards, tensors())
+        write_shards(folder, shards, tensors)
         config.save_pretrained(folder)
         if job.generation_config is not None:
             job.generation_config.save_pretrained(folder)

@@ -12,7 +12,7 @@ from torch import Tensor
 from aptq.api import AptqError, ExportJob, Format, Option
 from aptq.exporters.folder import write_folder
 from aptq.hf import AptqConfig
-from aptq.shards import DTYPES, parse_size
+from aptq.shards import DTYPES, TensorInfo, parse_size
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Native:
             AptqError: when the disk is too small, before or while writing.
         """
         quantization = AptqConfig.from_plan(job.plan, job.format_config, job.provenance)
-        write_folder(job, folder, lambda: _tensors(job), quantization, self.max_shard_size)
+        infos = (TensorInfo.of(name, tensor) for name, tensor in _tensors(job))
+        write_folder(job, folder, infos, _tensors(job), quantization, self.max_shard_size)
 
 
 def _tensors(job: ExportJob) -> Iterator[tuple[str, Tensor]]:
