@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from aptq import registry
-from aptq.api import AptqError, Format, Option
+from aptq.api import AptqError, Format, Option, format_of
 from aptq.backends.select import installed_backends
 from aptq.layer import PackedLinear
 
@@ -36,7 +36,8 @@ class AptqConfig(QuantizationConfigMixin):
 
     Args:
         format: name and options of the format, as in the config group ``format``.
-        layers: ``{layer: {"bits": int, "group_size": int}}`` for every packed layer, by its name in the model.
+        layers: ``{layer: {"bits": int, "group_size": int}}`` for every packed layer, by its name in the model; and
+            "format" where ``format`` is several (``aptq.api.FormatSet``).
         version: of the checkpoint's layout.
         provenance: how the checkpoint was made; free-form, JSON.
         backend: what multiplies the packed layers; chosen at load, never stored.
@@ -50,7 +51,7 @@ class AptqConfig(QuantizationConfigMixin):
     def __init__(
         self,
         format: Mapping[str, Any],
-        layers: Mapping[str, Mapping[str, int]],
+        layers: Mapping[str, Mapping[str, Any]],
         *,
         version: int = _VERSION,
         provenance: Mapping[str, Any] | None = None,
@@ -80,11 +81,13 @@ class AptqConfig(QuantizationConfigMixin):
         """Return the option of every packed layer."""
         options = {}
         for name, entry in self.layers.items():
-            if set(entry) != {"bits", "group_size"} or not all(isinstance(value, int) for value in entry.values()):
+            full = {"format": self.format["name"], **entry}
+            if {key: type(value) for key, value in full.items()} != {"bits": int, "group_size": int, "format": str}:
                 raise AptqError(
-                    f"quantization_config.layers[{name!r}] must be {{'bits': int, 'group_size': int}}; got {entry!r}."
+                    f"quantization_config.layers[{name!r}] must be {{'bits': int, 'group_size': int}}, with 'format' "
+                    f"where there are several; got {entry!r}."
                 )
-            options[name] = Option(bits=entry["bits"], group_size=entry["group_size"])
+            options[name] = Option(**full)
         return options
 
     @classmethod
@@ -92,7 +95,14 @@ class AptqConfig(QuantizationConfigMixin):
         cls, plan: Mapping[str, Option], format_config: Mapping[str, Any], provenance: Mapping[str, Any]
     ) -> AptqConfig:
         """Make the entry for a finished quantization."""
-        layers = {name: {"bits": option.bits, "group_size": option.group_size} for name, option in plan.items()}
+        only = ("", format_config["name"])
+        layers = {
+            name: {
+                **{"bits": option.bits, "group_size": option.group_size},
+                **({} if option.format in only else {"format": option.format}),
+            }
+            for name, option in plan.items()
+        }
         return cls(format_config, layers, provenance=provenance)
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,7 +148,7 @@ class AptqHfQuantizer(HfQuantizer):
         format = registry.build("format", config.format)
         options = _resolve(model, config.options())
         for name, option in options.items():
-            _swap(model, name, option, format, config.format["name"], dtype)
+            _swap(model, name, option, format_of(format, option), dtype)
             self._packed.update(f"{name}.{tensor}" for tensor in _packed_linear(model, name).packed_names)
         _untie(model, options)
         _check_files(checkpoint_files or (), self._packed, model.base_model_prefix)
@@ -210,9 +220,7 @@ def _resolve(model: PreTrainedModel, options: Mapping[str, Option]) -> dict[str,
     return dict(options)
 
 
-def _swap(
-    model: nn.Module, name: str, option: Option, format: Format, format_name: str, dtype: torch.dtype | None
-) -> None:
+def _swap(model: nn.Module, name: str, option: Option, format: Format, dtype: torch.dtype | None) -> None:
     """Replace one layer by a packed one without memory."""
     from transformers.pytorch_utils import Conv1D  # circular at the top
 
@@ -231,7 +239,7 @@ def _swap(
             out_features,
             bias=module.bias is not None,
             format=format,
-            format_name=format_name,
+            format_name=option.format,
             option=option,
             dtype=dtype,
         )

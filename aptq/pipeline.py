@@ -17,6 +17,7 @@ from aptq.api import (
     Exporter,
     ExportJob,
     Format,
+    FormatSet,
     GuidedEstimator,
     HessianEstimator,
     Option,
@@ -86,9 +87,17 @@ class Experiment:
         return str(self.config["format"]["name"])
 
     @property
+    def formats(self) -> Mapping[str, Format]:
+        """Every format that a layer may be stored in, by the name that its options have."""
+        return self.format.formats if isinstance(self.format, FormatSet) else {self.format_name: self.format}
+
+    @property
     def measure_option(self) -> Option | None:
         """What pass 1 rounds each block to once it is measured, if it does."""
-        return None if self.measure_bits is None else Option(self.measure_bits, self.format.group_size)
+        if self.measure_bits is None:
+            return None
+        name, format = next(iter(self.formats.items()))
+        return Option(self.measure_bits, format.group_size, name)
 
 
 class Stages:
@@ -119,7 +128,7 @@ def quantize_model(experiment: Experiment, on_open: Callable[[Path], None] | Non
     with experiment.callbacks:
         options, given = preflight(experiment)
         source = open_model(experiment.model)
-        check_model(experiment, source, options, given)
+        options = check_model(experiment, source, options, given)
         if experiment.fabric.global_rank == 0:
             run = _open(experiment)
         experiment.fabric.barrier()

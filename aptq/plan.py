@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -29,7 +29,6 @@ class Plan:
     """
 
     layers: Mapping[str, Option]
-    format_name: str
     budget: Mapping[str, Any] = field(default_factory=dict)
     predicted_cost: float | None = None
     fused_groups: list[list[str]] = field(default_factory=list)
@@ -47,7 +46,7 @@ def write_plan(path: Path, plan: Plan) -> None:
 
 def _entry(plan: Plan, name: str) -> dict[str, Any]:
     option = plan.layers[name]
-    entry = {"bits": option.bits, "format": plan.format_name, "group_size": option.group_size}
+    entry = {"bits": option.bits, "format": option.format, "group_size": option.group_size}
     return {**entry, "cost": plan.layer_costs[name]} if name in plan.layer_costs else entry
 
 
@@ -64,11 +63,7 @@ def read_plan(path: Path) -> Plan:
     layers = data.get("layers")
     if not isinstance(layers, dict) or not layers:
         raise AptqError(f'The plan {path} names no layers: "layers" must map layer names to {", ".join(_LAYER_KEYS)}.')
-    formats: dict[str, str] = {}
-    options = {name: _read_layer(path, name, entry, formats) for name, entry in layers.items()}
-    if len(formats) > 1:
-        told = "; ".join(f"{key!r} for {name}" for key, name in formats.items())
-        raise AptqError(f"The plan {path} mixes formats ({told}): one run stores all layers in one format.")
+    options = {name: _read_layer(path, name, entry) for name, entry in layers.items()}
     budget, cost, groups = data.get("budget") or {}, data.get("predicted_cost"), data.get("fused_groups") or []
     if not isinstance(budget, dict) or not (cost is None or _is_number(cost)):
         raise AptqError(f'In the plan {path}, "budget" must be an object and "predicted_cost" a number or null.')
@@ -79,12 +74,24 @@ def read_plan(path: Path) -> Plan:
         raise AptqError(f'In the plan {path}, a layer\'s "cost" must be a number; leave it out where there is none.')
     return Plan(
         layers=options,
-        format_name=next(iter(formats)),
         budget=budget,
         predicted_cost=cost,
         fused_groups=groups,
         layer_costs=costs,
     )
+
+
+def option_labels(options: Iterable[Option]) -> dict[Option, str]:
+    """Return short names of options: their bits, and format and group size where those are not the same for all."""
+    among = set(options)
+    formats = len({option.format for option in among}) > 1
+    groups = len({option.group_size for option in among}) > 1
+
+    def label(option: Option) -> str:
+        group = f", groups of {option.group_size}" if option.group_size > 0 else ", whole rows"
+        return f"{option.bits} bits" + (f" {option.format}" if formats else "") + (group if groups else "")
+
+    return {option: label(option) for option in sorted(among)}
 
 
 def check_plan(plan: Plan, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -111,8 +118,8 @@ def check_plan(plan: Plan, shapes: Mapping[str, tuple[int, int]]) -> None:
         if len({plan.layers[name] for name in group}) > 1:
             told = ", ".join(f"{name}: {_tell(plan.layers[name])}" for name in group)
             raise AptqError(
-                f"The plan splits a fused group, whose layers are stored as one ({told}). Give them the same bits and "
-                'group_size, or take the group out of "fused_groups" if no target needs it.'
+                f"The plan splits a fused group, whose layers are stored as one ({told}). Give them the same bits, "
+                'format and group_size, or take the group out of "fused_groups" if no target needs it.'
             )
 
 
@@ -132,7 +139,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     return data
 
 
-def _read_layer(path: Path, name: str, entry: Any, formats: dict[str, str]) -> Option:
+def _read_layer(path: Path, name: str, entry: Any) -> Option:
     where = f"The plan {path}, layer {name!r}"
     if not isinstance(entry, dict):
         raise AptqError(f"{where}: got {entry!r}; it must be an object with {', '.join(_LAYER_KEYS)}.")
@@ -149,8 +156,7 @@ def _read_layer(path: Path, name: str, entry: Any, formats: dict[str, str]) -> O
         )
     if not isinstance(format_name, str):
         raise AptqError(f"{where}: format is {format_name!r}; it must be the name of a format.")
-    formats.setdefault(format_name, name)
-    return Option(bits, group_size)
+    return Option(bits, group_size, format_name)
 
 
 def _known_keys(data: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
@@ -174,4 +180,4 @@ def _some(names: list[str], limit: int = 5) -> str:
 
 
 def _tell(option: Option) -> str:
-    return f"{option.bits} bits, group_size {option.group_size}"
+    return f"{option.bits} bits, {option.format}, group_size {option.group_size}"

@@ -49,7 +49,6 @@ def make_plan(
     costs = {name: problem.costs[name][option] for name, option in layers.items()} if problem.costs else {}
     plan = Plan(
         layers=layers,
-        format_name=experiment.format_name,
         budget={
             **budget(experiment, problem.shapes, layers),
             **({"audit": "the same bits everywhere were measured to be better"} if replaced else {}),

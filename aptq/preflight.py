@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from aptq.pipeline import Experiment
 
 
-def check_model(experiment: Experiment, source: ModelSource, options: Sequence[Option], given: Plan | None) -> None:
-    """Hold format, target, data and plan against the model's layers."""
+def check_model(
+    experiment: Experiment, source: ModelSource, options: Sequence[Option], given: Plan | None
+) -> list[Option]:
+    """Hold format, target, data and plan against the model's layers; return the options that can be stored.
+
+    Those that a plan names all have to be; of what an allocator may choose among, a format of several may lack some.
+    """
     shapes = source.layer_shapes()
-    for option in options:
-        for shape in set(shapes.values()):
-            experiment.format.check(option, shape)
+    options = _storable(experiment, options, set(shapes.values()), all_of_them=given is not None)
     if experiment.measure_option is not None:
         try:
             for shape in set(shapes.values()):
@@ -42,6 +45,7 @@ def check_model(experiment: Experiment, source: ModelSource, options: Sequence[O
             f"{_asked_for_drift(experiment)}, and in a mixture of experts the two models send a token to different "
             "layers; use another quantizer."
         )
+    return options
 
 
 def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
@@ -64,21 +68,60 @@ def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
     _check_audit(experiment, predicts)
     given = None
     if experiment.plan_path is None:
-        sizes = experiment.allocator.group_sizes if isinstance(experiment.allocator, GroupedAllocator) else ()
-        options = [
-            Option(bits, size)
-            for bits in experiment.allocator.bit_options()
-            for size in sizes or (experiment.format.group_size,)
-        ]
+        options = _options(experiment)
     else:
         given = read_plan(experiment.plan_path)
-        if given.format_name != experiment.format_name:
-            raise AptqError(
-                f"The plan {experiment.plan_path} is for format {given.format_name}, the config says "
-                f"{experiment.format_name}; add format={given.format_name}."
-            )
         options = sorted(set(given.layers.values()))
+        strange = [option.format for option in options if option.format not in experiment.formats]
+        if strange:
+            raise AptqError(
+                f"The plan {experiment.plan_path} is for format {strange[0]}, the config says "
+                f"{' and '.join(experiment.formats)}; add format={strange[0]}, or format=mixed for a plan of several."
+            )
     return options, given
+
+
+def _options(experiment: Experiment) -> list[Option]:
+    """Return all that the allocator may choose among, before they are held against the model."""
+    allocator = experiment.allocator
+    sizes = allocator.group_sizes if isinstance(allocator, GroupedAllocator) else ()
+    options = [
+        Option(bits, size, name)
+        for bits in allocator.bit_options()
+        for name, format in experiment.formats.items()
+        for size in sizes or (format.group_size,)
+    ]
+    if isinstance(allocator, GroupedAllocator):
+        allocator.check_options(options)
+    elif len(experiment.formats) > 1:
+        raise AptqError(
+            f"allocator={experiment.config['allocator']['name']} chooses bits only, and the config has the formats "
+            f"{', '.join(experiment.formats)}; name one (format=...), or use an allocator that weighs them, such as "
+            "knapsack."
+        )
+    return options
+
+
+def _storable(
+    experiment: Experiment, options: Sequence[Option], shapes: Collection[tuple[int, int]], *, all_of_them: bool
+) -> list[Option]:
+    """Return the options that their formats can store layers of these shapes at.
+
+    Raises:
+        AptqError: what the format says, for a width that is left with no option, or any where all are needed.
+    """
+    refused: dict[Option, AptqError] = {}
+    for option in options:
+        try:
+            for shape in shapes:
+                experiment.format.check(option, shape)
+        except AptqError as error:
+            refused[option] = error
+    left = [option for option in options if option not in refused]
+    for option, reason in refused.items():
+        if all_of_them or option.bits not in {each.bits for each in left}:
+            raise reason
+    return left
 
 
 def _check_audit(experiment: Experiment, predicts: bool) -> None:

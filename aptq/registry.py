@@ -15,7 +15,7 @@ from typing import Any, Literal
 from aptq import api
 from aptq.config_errors import plain_section
 from aptq.errors import AptqError
-from aptq.typed import arguments, nearest
+from aptq.typed import arguments, convert, keys_of, nearest
 
 __all__ = ["KINDS", "Description", "available", "build", "describe", "load", "origin"]
 
@@ -102,9 +102,10 @@ def build(kind: str, config: Mapping[str, Any], **runtime: Any) -> Any:
         )
     target = load(kind, name)
     where = f"{kind} {name!r}"
-    taken = arguments(target, options, where, given=runtime)
+    parts = _parts(target, options, where)
+    taken = arguments(target, options, where, given={**runtime, **parts})
     try:
-        component = target(**taken, **runtime)
+        component = target(**taken, **parts, **runtime)
     except AptqError:
         raise
     except ValueError as error:
@@ -115,6 +116,17 @@ def build(kind: str, config: Mapping[str, Any], **runtime: Any) -> Any:
     if problem := _broken_contract(kind, component):
         raise AptqError(f"{where} from {origin(available(kind)[name])} is no {kind}: {problem}.")
     return component
+
+
+def _parts(target: Any, options: dict[str, Any], where: str) -> dict[str, Any]:
+    """Take the options out that are components themselves (``Mapping[str, Format]``), and return them built."""
+    parts = {}
+    for key in keys_of(target)[0].values():
+        kind = next((kind for kind, contract in CONTRACTS.items() if key.annotation == Mapping[str, contract]), None)  # type: ignore[valid-type]
+        if kind is not None and key.name in options:
+            sections = convert(options.pop(key.name), Mapping[str, Mapping[str, Any]], f"{where}: {key.name}")
+            parts[key.name] = {name: build(kind, section) for name, section in sections.items()}
+    return parts
 
 
 def origin(point: EntryPoint) -> str:

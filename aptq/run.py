@@ -7,7 +7,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, astuple, fields
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -132,11 +132,11 @@ class Run:
         if self._writes() and problem.costs:
             text = io.StringIO()
             writer = csv.writer(text, lineterminator="\n")
-            writer.writerow(("layer", "bits", "group_size", "stored_bits", "cost"))
+            writer.writerow(("layer", "bits", "group_size", "format", "stored_bits", "cost"))
             for name, costs in problem.costs.items():
                 for option, cost in costs.items():
                     stored = problem.storage_bits[name][option]
-                    writer.writerow((name, option.bits, option.group_size, stored, cost))
+                    writer.writerow((name, *astuple(option), stored, cost))
             write_text(self.folder / "sensitivity.csv", text.getvalue(), "the table of costs")
 
     def sensitivity(self) -> dict[str, dict[Option, tuple[int, float]]]:
@@ -148,7 +148,7 @@ class Run:
         with path.open(encoding="utf-8", newline="") as file:
             try:
                 for row in csv.DictReader(file):
-                    option = Option(int(row["bits"]), int(row["group_size"]))
+                    option = Option(int(row["bits"]), int(row["group_size"]), row["format"])
                     found.setdefault(row["layer"], {})[option] = int(row["stored_bits"]), float(row["cost"])
             except (KeyError, TypeError, ValueError) as error:
                 raise AptqError(f"{path} is damaged: {error!r}.") from error

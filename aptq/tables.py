@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from aptq.plan import option_labels
 from aptq.run import Run
 
 
@@ -51,8 +52,8 @@ def _plan_lines(run: Run, audit: Mapping[str, Any] | None) -> list[str]:
     plan = run.plan()
     lines = []
     if plan is not None and len(set(plan.layers.values())) > 1:
-        counts = sorted(Counter(option.bits for option in plan.layers.values()).items())
-        lines.append("Plan: " + ", ".join(f"{bits} bits in {count}" for bits, count in counts) + " layers.")
+        counts, labels = Counter(plan.layers.values()), option_labels(plan.layers.values())
+        lines.append("Plan: " + ", ".join(f"{label} in {counts[each]}" for each, label in labels.items()) + " layers.")
     if audit is not None and audit["spearman"] is not None:
         slope = "" if audit["slope"] is None else f"; measured divergence is {audit['slope']:.2f} times the predicted"
         lines.append(f"Audit: predictions rank plans with a correlation of {audit['spearman']:.2f}{slope}.")

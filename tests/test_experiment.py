@@ -18,6 +18,7 @@ from aptq.api import AptqError
 from aptq.packing import unpack
 
 Folder = Callable[..., Path]
+MIXED = ["format.formats.integer", "format.formats.asymmetric_float"]
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog, being lazy, lets it. "
 
 
@@ -37,7 +38,7 @@ def overrides(tiny_model_folder: Folder, tmp_path: Path) -> Callable[..., list[s
             "data.sequence_length=64",
             "data.batch_size=2",
             *([] if "evaluator=none" in more else ["evaluator.num_sequences=2"]),
-            "format.group_size=32",
+            *(f"{part}.group_size=32" for part in (MIXED if "format=mixed" in more else ["format"])),
             "fabric=cpu",
             "callback=none",
             # Quicker than the defaults; an experiment has its own.
@@ -186,6 +187,8 @@ def test_another_config_does_not_take_up_a_run(overrides: Callable[..., list[str
         (["quantizer=gptaq", "hessian=attention"], "hessian=attention cannot tell"),
         (["quantizer=gptaq", "hessian=identity"], "use hessian=input"),
         (["backend=nonsense"], "nonsense"),
+        (["format=mixed"], "allocator=ratio chooses bits only"),
+        (["format=mixed", "allocator=knapsack"], "allocator.count=storage"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_leaves_no_run(
@@ -219,6 +222,29 @@ def test_every_format_is_allocated_stored_and_loaded(format: str, overrides: Cal
     assert metrics["perplexity"]["fox"] == pytest.approx(metrics["baseline_perplexity"]["fox"], rel=0.2)
     model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False).shape == (1, 5)
+
+
+def test_several_formats_make_one_plan(overrides: Callable[..., list[str]]) -> None:
+    more = ["format=mixed", "metric=output", "allocator=measured", "allocator.bits=[2,3,4,8]", "allocator.rounds=1"]
+    more += ["allocator.plans=3", "allocator.count=storage", "allocator.budget=3.6", "audit=2"]
+    run = aptq.quantize(overrides(*more, f"{MIXED[1]}.group_size=64"))  # as large as integers, then
+    metrics, plan = run.metrics(), run.plan()
+    assert plan is not None
+    assert metrics["bits"]["storage"] <= 3.6
+    assert {option.format for option in plan.layers.values()} == {"integer", "asymmetric_float"}
+    offered = {(option.bits, option.format) for option in run.sensitivity()["model.layers.0.mlp.up_proj"]}
+    assert offered == {(b, f) for b in (2, 3, 4, 8) for f in ("integer", "asymmetric_float") if (b, f[0]) != (8, "a")}
+    model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
+    for name, option in plan.layers.items():
+        layer = model.get_submodule(name)
+        assert (layer.option, layer.format_name) == (option, option.format)
+    # The same plan, given: the same model. Formats that the config has not are refused.
+    given = f"plan={run.folder / 'plan.json'}"
+    again = aptq.quantize(overrides("evaluator=none", "format=mixed", given, folder="given"))
+    files = [each.folder / "model" / "model.safetensors" for each in (run, again)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with pytest.raises(AptqError, match="is for format asymmetric_float, the config says integer; .* format=mixed"):
+        aptq.quantize(overrides("evaluator=none", given, folder="other"))
 
 
 def test_a_budget_sweep_measures_once(overrides: Callable[..., list[str]]) -> None:

@@ -31,7 +31,8 @@ METRICS = {
 
 def report(error: float) -> LayerReport:
     return LayerReport(
-        name="a", out_features=8, in_features=4, bits=3, group_size=-1, storage_bits=3.1, tokens=9, trace=0.1,
+        name="a", out_features=8, in_features=4, bits=3, group_size=-1, format="integer",
+        storage_bits=3.1, tokens=9, trace=0.1,
         predicted_cost=None, error_nearest=0.3, error=0.2, relative_error=error, damping=0.0, seconds=0.5, events="",
     )  # fmt: skip
 
@@ -92,7 +93,7 @@ def finished_run(folder: Path) -> None:
     samples = [{"prompt": "Once", "original": " upon", "quantized": " under"}]
     metrics = {**METRICS, "baseline_perplexity": {}, "bytes": {"model": 1, "original": 4}, "peak_device_bytes": None}
     with Run.open(RunSettings(dir=str(folder)), {"model": {"path": "tiny"}, "seed": 0}) as run:
-        run.save_plan(Plan(layers=layers, format_name="integer"))
+        run.save_plan(Plan(layers=layers))
         run.save_sensitivity(problem)
         run.write_layers_csv([replace(report(0.1), name=name) for name in layers])
         run.model_folder.mkdir()
@@ -147,7 +148,7 @@ def test_wandb_writes_all_of_a_run_offline_into_its_folder_and_keeps_its_id(
     assert "Once" in shown["tables/continuations"].read_text()
     assert shown["report/page"].read_text() == (run_folder / "report.html").read_text()
     sensitivity = json.loads(shown["tables/sensitivity"].read_text())
-    assert sensitivity["columns"] == ["layer", "bits", "group_size", "stored_bits", "cost"]
+    assert sensitivity["columns"] == ["layer", "bits", "group_size", "format", "stored_bits", "cost"]
     assert [isinstance(cell, str) for cell in sensitivity["data"][0]] == [True, False, False, False, False]
     files = {"plan.json", "config.yaml", "metrics.json", "layers.csv", "sensitivity.csv", "report.html"}
     assert files <= kept, "the artifact"

@@ -8,11 +8,13 @@ import pytest
 
 from aptq.api import Option
 from aptq.errors import AptqError
-from aptq.plan import Plan, check_plan, read_plan, write_plan
+from aptq.plan import Plan, check_plan, option_labels, read_plan, write_plan
 
 PLAN = Plan(
-    layers={"model.layers.0.mlp.up_proj": Option(4, 64), "model.layers.0.mlp.down_proj": Option(3, -1)},
-    format_name="integer",
+    layers={
+        "model.layers.0.mlp.up_proj": Option(4, 64, "integer"),
+        "model.layers.0.mlp.down_proj": Option(3, -1, "float"),
+    },
     budget={"name": "ratio", "ratio": 0.5, "code_bits": 3.5, "storage_bits": 3.8},
     predicted_cost=0.25,
     fused_groups=[["model.layers.0.mlp.up_proj"]],
@@ -27,7 +29,7 @@ def test_a_plan_reads_back_as_it_was_written(tmp_path: Path) -> None:
         "version": 1,
         "layers": {
             "model.layers.0.mlp.up_proj": {"bits": 4, "format": "integer", "group_size": 64},
-            "model.layers.0.mlp.down_proj": {"bits": 3, "format": "integer", "group_size": -1},
+            "model.layers.0.mlp.down_proj": {"bits": 3, "format": "float", "group_size": -1},
         },
         "budget": {"name": "ratio", "ratio": 0.5, "code_bits": 3.5, "storage_bits": 3.8},
         "predicted_cost": 0.25,
@@ -35,10 +37,18 @@ def test_a_plan_reads_back_as_it_was_written(tmp_path: Path) -> None:
     }
 
 
+def test_options_are_told_apart_by_what_differs() -> None:
+    three, four = Option(3, 64, "integer"), Option(4, 64, "integer")
+    assert option_labels([four, three, four]) == {three: "3 bits", four: "4 bits"}
+    others = [Option(4, 64, "float"), Option(4, -1, "integer")]
+    assert list(option_labels([four, others[0]]).values()) == ["4 bits float", "4 bits integer"]
+    assert list(option_labels([four, others[1]]).values()) == ["4 bits, whole rows", "4 bits, groups of 64"]
+
+
 def test_a_plan_of_layers_alone_is_enough(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text('{"version": 1, "layers": {"a": {"bits": 2, "format": "integer", "group_size": 32}}}')
-    assert read_plan(path) == Plan(layers={"a": Option(2, 32)}, format_name="integer")
+    assert read_plan(path) == Plan(layers={"a": Option(2, 32, "integer")})
 
 
 GOOD = {"bits": 4, "format": "integer", "group_size": 64}
@@ -59,7 +69,6 @@ GOOD = {"bits": 4, "format": "integer", "group_size": 64}
         ({"version": 1, "layers": {"a": {**GOOD, "bits": True}}}, "bits is True"),
         ({"version": 1, "layers": {"a": {**GOOD, "group_size": 0}}}, "group_size is 0"),
         ({"version": 1, "layers": {"a": {**GOOD, "format": 3}}}, "format is 3"),
-        ({"version": 1, "layers": {"a": GOOD, "b": {**GOOD, "format": "ternary"}}}, "mixes formats"),
         ({"version": 1, "layers": {"a": GOOD}, "predicted_cost": "low"}, "predicted_cost"),
         ({"version": 1, "layers": {"a": GOOD}, "fused_groups": ["a"]}, "fused_groups"),
     ],
@@ -99,6 +108,6 @@ def test_layers_that_the_plan_leaves_out_are_told() -> None:
     ("group", "told"), [([*SHAPES], "splits a fused group"), (["model.layers.9"], "without an entry")]
 )
 def test_fused_groups_must_hold_one_option(group: list[str], told: str) -> None:
-    plan = Plan(layers=PLAN.layers, format_name="integer", fused_groups=[group])
+    plan = Plan(layers=PLAN.layers, fused_groups=[group])
     with pytest.raises(AptqError, match=told):
         check_plan(plan, SHAPES)

@@ -34,7 +34,8 @@ def settings(folder: Path, overwrite: bool = False) -> RunSettings:
 
 def report(name: str, **changes: Any) -> LayerReport:
     values: dict[str, Any] = {
-        "name": name, "out_features": 8, "in_features": 4, "bits": 3, "group_size": -1, "storage_bits": 3.1,
+        "name": name, "out_features": 8, "in_features": 4, "bits": 3, "group_size": -1, "format": "integer",
+        "storage_bits": 3.1,
         "tokens": 9, "trace": 0.1, "predicted_cost": None, "error_nearest": 0.3, "error": 0.2, "relative_error": 1e-3,
         "damping": 0.01, "seconds": 0.5, "events": 'damping raised to 0.1, "twice"',
     }  # fmt: skip
@@ -63,7 +64,7 @@ def test_a_new_run_records_its_config(tmp_path: Path) -> None:
 
 
 def test_results_read_back(tmp_path: Path) -> None:
-    plan = Plan(layers={"a": Option(3, 64)}, format_name="integer")
+    plan = Plan(layers={"a": Option(3, 64, "integer")})
     rows = [report("a", predicted_cost=0.1 + 0.2), report("b", relative_error=float("inf"))]
     with Run.open(settings(tmp_path / "x"), CONFIG) as run:
         assert run.plan() is None
@@ -232,7 +233,7 @@ def test_overwriting_clears_the_run_and_nothing_else(tmp_path: Path) -> None:
 def test_only_rank_0_writes(tmp_path: Path) -> None:
     with Run.open(settings(tmp_path), CONFIG) as run, Run.open(settings(tmp_path), CONFIG, rank=1) as other:
         other.save_block(0, *block(0))
-        other.save_plan(Plan(layers={"a": Option(3, 64)}, format_name="integer"))
+        other.save_plan(Plan(layers={"a": Option(3, 64, "integer")}))
         other.write_layers_csv([])
         other.write_metrics(METRICS)
         other.finish()

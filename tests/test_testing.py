@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from aptq.api import Allocation, Block, Curvature, LayerStatistics, Option, QuantizedWeight, Rounded
+from aptq.config import compose
 from aptq.formats.integer import Integer, IntegerGrid
 from aptq.hessians.input import Input
 from aptq.quantizers.nearest import Nearest
@@ -35,7 +37,7 @@ def _built_ins(kind: str) -> list[str]:
 
 @pytest.mark.parametrize("name", _built_ins("format"))
 def test_built_in_formats_pass(name: str) -> None:
-    check_format(build("format", {"name": name}), bits=[2, 3, 4])
+    check_format(build("format", OmegaConf.to_container(compose([f"format={name}"]).format)), bits=[2, 3, 4])
 
 
 @pytest.mark.parametrize("name", _built_ins("quantizer"))

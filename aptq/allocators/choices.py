@@ -73,6 +73,14 @@ class Budgeted:
         """Return the widths to choose among."""
         return self.bits
 
+    def check_options(self, options: Sequence[Option]) -> None:
+        """Raise ``AptqError`` where the budget cannot tell options apart that take different space."""
+        if self.count == "code" and len({option.bits for option in options}) < len(options):
+            raise AptqError(
+                "With allocator.count=code, small groups and rich formats would cost nothing, since scales are not "
+                "counted. Use allocator.count=storage or model to choose among several group sizes or formats."
+            )
+
     def choices(self, problem: Allocation) -> Choices:
         """Return the problem as arrays; see ``choices``."""
         return choices(problem, self.budget, self.count, self.pin or {})
@@ -90,11 +98,6 @@ def check_budget(
         raise AptqError(
             f"allocator.group_sizes={list(group_sizes)} is not allowed; name different sizes, each from 1 up or -1 "
             "for a whole row."
-        )
-    if len(group_sizes) > 1 and count == "code":
-        raise AptqError(
-            "allocator.group_sizes: with allocator.count=code, small groups would cost nothing, since their scales are "
-            "not counted. Use allocator.count=storage or model."
         )
     if not 0 < budget < float("inf"):
         raise AptqError(f"allocator.budget={budget} is not allowed; it is {_unit(count)}, above 0.")

@@ -124,15 +124,15 @@ class _Search:
 
 
 def _uniform(table: Choices) -> list[NDArray[np.int64]]:
-    """Return the plans that give all layers one option, of those within the limit the largest for each group size."""
-    fitting: dict[int, NDArray[np.int64]] = {}
+    """Return the plans of one option for all layers: the largest within the limit, for each format and group size."""
+    fitting: dict[tuple[str, int], NDArray[np.int64]] = {}
     for column, option in enumerate(table.options):
         plan = np.full(len(table.costs), column, dtype=np.int64)
         if not np.isfinite(table.cost(plan)) or table.size(plan) > table.limit:
             continue
-        known = fitting.get(option.group_size)
+        known = fitting.get((option.format, option.group_size))
         if known is None or table.size(plan) > table.size(known):
-            fitting[option.group_size] = plan
+            fitting[option.format, option.group_size] = plan
     return list(fitting.values())
 
 

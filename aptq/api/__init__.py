@@ -58,10 +58,12 @@ from aptq.api.rounding import (
     EntryGrid,
     Factors,
     Format,
+    FormatSet,
     Grid,
     QuantizedWeight,
     Quantizer,
     Rounded,
+    format_of,
 )
 from aptq.errors import (
     AptqError,
@@ -89,6 +91,7 @@ __all__ = [
     "Exporter",
     "Factors",
     "Format",
+    "FormatSet",
     "Grid",
     "GroupedAllocator",
     "GuidedEstimator",
@@ -108,4 +111,5 @@ __all__ = [
     "Rounded",
     "SensitivityMetric",
     "SequentialEstimator",
+    "format_of",
 ]

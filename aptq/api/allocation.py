@@ -182,11 +182,14 @@ class Allocator(Protocol):
 
 @runtime_checkable
 class GroupedAllocator(Allocator, Protocol):
-    """An allocator that chooses group sizes too: every width is offered at each of them."""
+    """An allocator that can choose more than bits: every width is offered at each group size, in each format."""
 
     @property
     def group_sizes(self) -> Sequence[int]:
         """Group sizes to choose among; the format's own where there are none."""
+
+    def check_options(self, options: Sequence[Option]) -> None:
+        """Raise ``AptqError`` before any work when it cannot choose among these options."""
 
 
 @runtime_checkable

@@ -15,10 +15,12 @@ class Option:
 
     ``bits`` is the width of one code; ``group_size`` the number of consecutive inputs that share their parameters,
     or -1 when a whole row does. The last group of a row is shorter when the width is no multiple of the group size.
+    ``format`` is the name of the format, which matters to a ``FormatSet`` only: other formats go by their own fields.
     """
 
     bits: int
     group_size: int
+    format: str = ""
 
     def num_groups(self, in_features: int) -> int:
         """Return how many groups a row of ``in_features`` weights has."""

@@ -84,6 +84,7 @@ class LayerReport:
     in_features: int
     bits: int
     group_size: int
+    format: str
     storage_bits: float  # per weight
     tokens: int
     trace: float  # per weight: tr(H) / (out * in)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aptq.api.curvature import Curvature
 from aptq.api.model import Option
+from aptq.errors import AptqError
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -65,7 +66,9 @@ class EntryGrid(Grid, Protocol):
 class Format(Protocol):
     """What a code means. Options such as symmetry are fields; bits and group size come with the ``Option``."""
 
-    group_size: int  # the group size of options that name none
+    @property
+    def group_size(self) -> int:
+        """The group size of options that name none."""
 
     def check(self, option: Option, shape: tuple[int, int]) -> None:
         """Raise ``AptqError`` when a layer of this shape cannot be stored so; say what is allowed."""
@@ -87,6 +90,28 @@ class Format(Protocol):
 
     def packed_layout(self, option: Option, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return shape and dtype of each tensor that ``pack`` gives, without making it."""
+
+
+@runtime_checkable
+class FormatSet(Format, Protocol):
+    """A format that is several: each layer is stored in the one that its ``Option.format`` names."""
+
+    @property
+    def formats(self) -> Mapping[str, Format]:
+        """The formats by name."""
+
+
+def format_of(format: Format, option: Option) -> Format:
+    """Return the format that a layer is stored in: one of a set, or the format itself.
+
+    Raises:
+        AptqError: the set has no format of that name.
+    """
+    if not isinstance(format, FormatSet):
+        return format
+    if option.format not in format.formats:
+        raise AptqError(f"No format {option.format!r} is in the set; there are {', '.join(format.formats)}.")
+    return format.formats[option.format]
 
 
 class Factors(Protocol):

@@ -114,8 +114,8 @@ def _split(branches: Sequence[_Branch], block: Block, plans: Sequence[Plan]) -> 
     def chosen(plan: int) -> _Chosen:
         return tuple(None if plan == _ORIGINAL else plans[plan].get(name) for name in block.layers)
 
-    def order(choice: _Chosen) -> tuple[tuple[int, int], ...]:
-        return tuple((0, 0) if option is None else (option.bits, option.group_size) for option in choice)
+    def order(choice: _Chosen) -> tuple[Option, ...]:
+        return tuple(option or Option(0, 0) for option in choice)
 
     parts: list[tuple[_Branch, _Chosen]] = []
     for branch in branches:

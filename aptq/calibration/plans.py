@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -52,9 +53,7 @@ class PlanMeter:
     def __call__(self, plans: Sequence[Mapping[str, Option]]) -> list[float]:
         """Return each plan's divergence from the original's predictions, in nats per token."""
         started = time.perf_counter()
-        keys = [
-            content_key({name: (option.bits, option.group_size) for name, option in plan.items()}) for plan in plans
-        ]
+        keys = [content_key({name: astuple(option) for name, option in plan.items()}) for plan in plans]
         new = {key: plan for key, plan in zip(keys, plans, strict=True) if key not in self._known}
         if new:
             figures = measure_divergence(

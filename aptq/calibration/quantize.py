@@ -170,6 +170,7 @@ def _quantize_layer(
         out_features=out_features,
         in_features=in_features,
         bits=option.bits,
+        format=option.format,
         group_size=option.group_size,
         storage_bits=storage_bits(recipe.format, option, layer.shape) / (out_features * in_features),
         tokens=curvature.tokens,

@@ -34,7 +34,7 @@ class Roundings:
         if self.fabric.local_rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             tensors = {
-                f"{name}/{option.bits}/{option.group_size}/{key}": tensor
+                f"{name}/{option.bits}/{option.group_size}/{option.format}/{key}": tensor
                 for name, options in packed.items()
                 for option, found in options.items()
                 for key, tensor in found.items()
@@ -45,8 +45,8 @@ class Roundings:
         """Return what ``save`` was given, on this rank's device."""
         found: dict[str, dict[Option, dict[str, Tensor]]] = {}
         for key, tensor in load_file(self._path(block.index), device=str(self.fabric.device)).items():
-            name, bits, group_size, part = key.split("/")
-            found.setdefault(name, {}).setdefault(Option(int(bits), int(group_size)), {})[part] = tensor
+            name, bits, group_size, format, part = key.split("/")
+            found.setdefault(name, {}).setdefault(Option(int(bits), int(group_size), format), {})[part] = tensor
         return found
 
     def remove(self) -> None:

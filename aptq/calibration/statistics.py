@@ -89,8 +89,8 @@ def _from_json(row: Mapping[str, Any]) -> LayerStatistics:
 
 
 def _by_option_to_json(values: Mapping[Option, Any]) -> list[list[Any]]:
-    return [[option.bits, option.group_size, value] for option, value in values.items()]
+    return [[option.bits, option.group_size, option.format, value] for option, value in values.items()]
 
 
 def _by_option_from_json(rows: list[list[Any]]) -> dict[Option, Any]:
-    return {Option(bits, group_size): value for bits, group_size, value in rows}
+    return {Option(bits, group_size, format): value for bits, group_size, format, value in rows}

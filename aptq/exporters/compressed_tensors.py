@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,13 @@ class CompressedTensors:
             raise AptqError(
                 "exporter=compressed_tensors: its readers have no Conv1D, as GPT-2 has; use exporter=native."
             )
-        dtype, scales = str(_dtype(config)).removeprefix("torch."), getattr(format, "scale_dtype", None)
-        if dtype not in ("float32", scales):
+        dtype = _dtype(config)
+        other = {format.packed_layout(option, (32, 128))["scales"][1] for option in options} - {dtype}
+        if other and dtype != torch.float32:
+            wanted, scales = (str(each).removeprefix("torch.") for each in (dtype, other.pop()))
             raise AptqError(
-                f"exporter=compressed_tensors stores scales in the model's dtype, {dtype}, to which those of "
-                f"format.scale_dtype={scales} would be rounded once more; set format.scale_dtype={dtype}."
+                f"exporter=compressed_tensors stores scales in the model's dtype, {wanted}, to which those of "
+                f"format.scale_dtype={scales} would be rounded once more; set format.scale_dtype={wanted}."
             )
 
     def export(self, job: ExportJob, folder: Path) -> None:
@@ -100,7 +102,7 @@ def _is_symmetric_integer(format: Format, option: Option) -> bool:
         return False
     one = QuantizedWeight(codes=codes, parameters={"scales": torch.ones(1, 1)})
     try:
-        values = format.dequantize(one, Option(option.bits, -1))
+        values = format.dequantize(one, replace(option, group_size=-1))
     except (KeyError, IndexError):  # it has fewer levels, or parameters of its own
         return False
     return torch.equal(values, codes - float(1 << (option.bits - 1)))

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aptq.api import LayerReport
+from aptq.api import LayerReport, Option
 from aptq.names import place
+from aptq.plan import option_labels
 from aptq.report.sensitivity import Audit, Costs, TradeOff, audit_of, trade_off
 from aptq.run import Run
 from aptq.run_folder import CONFIG
@@ -53,9 +54,9 @@ class Map:
 
 @dataclass(frozen=True, kw_only=True)
 class Width:
-    """How many layers, and which share of the weights where shapes are known, have so many bits."""
+    """How many layers, and which share of the weights where shapes are known, are stored so."""
 
-    bits: int
+    label: str
     layers: int
     share: float | None
     level: float
@@ -91,9 +92,10 @@ def collect(run: Run) -> Content:
     """Read a run folder."""
     metrics = run.metrics() if run.finished else {}
     layers, plan = run.layers(), run.plan()
-    bits = {report.name: float(report.bits) for report in layers}
-    if plan is not None and not bits:
-        bits = {name: float(option.bits) for name, option in plan.layers.items()}
+    options = {report.name: Option(report.bits, report.group_size, report.format) for report in layers}
+    if plan is not None and not options:
+        options = dict(plan.layers)
+    bits = {name: float(option.bits) for name, option in options.items()}
     weights = {report.name: report.out_features * report.in_features for report in layers}
     sensitivity = run.sensitivity()
     errors = {report.name: report.relative_error for report in layers if math.isfinite(report.relative_error)}
@@ -114,7 +116,7 @@ def collect(run: Run) -> Content:
         costs=_map(_costs(sensitivity, weights), lambda value: f"{value:.2e}", logarithmic=True),
         trade_off=None if plan is None else trade_off(sensitivity, plan.layers, weights),
         audit=audit_of(metrics),
-        widths=_widths(bits, weights),
+        widths=_widths(options, weights),
         outside=[(name, int(value)) for name, value in bits.items() if place(name)[0] is None],
         worst=[report for report in by_error if report.name in errors][:_WORST],
         mended=mended[:_EVENTS],
@@ -194,17 +196,18 @@ def _levels(values: Iterable[float], logarithmic: bool) -> Callable[[float], flo
     return lambda value: round((scale(value) - low) / (high - low), 3) if high > low else 0.5
 
 
-def _widths(bits: Mapping[str, float], weights: Mapping[str, int]) -> list[Width]:
+def _widths(options: Mapping[str, Option], weights: Mapping[str, int]) -> list[Width]:
     total = sum(weights.values())
-    level = _levels(list(bits.values()) or [0.0], False)
+    level = _levels([float(option.bits) for option in options.values()] or [0.0], False)
+    layers = Counter(options.values())
     return [
         Width(
-            bits=int(width),
-            layers=sum(1 for value in bits.values() if value == width),
-            share=sum(weights[name] for name, value in bits.items() if value == width) / total if total else None,
-            level=level(width),
+            label=label,
+            layers=layers[each],
+            share=sum(weights[name] for name, option in options.items() if option == each) / total if total else None,
+            level=level(float(each.bits)),
         )
-        for width in sorted(set(bits.values()))
+        for each, label in option_labels(options.values()).items()
     ]
 
 

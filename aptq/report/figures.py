@@ -86,7 +86,7 @@ def _trade_off(trade_off: TradeOff) -> bytes:
         zorder=3,
     )
     for point in points:
-        axes.annotate(f"{point.label} bits", (point.bits, point.cost), (5, 5), textcoords="offset points", fontsize=8)
+        axes.annotate(point.label, (point.bits, point.cost), (5, 5), textcoords="offset points", fontsize=8)
     chosen = trade_off.chosen
     axes.scatter([chosen.bits], [chosen.cost], color=_RED, marker="*", s=130, label="this plan", zorder=4)
     if min(*costs, chosen.cost, *(point.cost for point in points)) > 0:

@@ -10,6 +10,7 @@ import numpy as np
 
 from aptq.allocators.relaxation import efficient_steps
 from aptq.api import Option
+from aptq.plan import option_labels
 
 Costs = Mapping[str, Mapping[Option, tuple[int, float]]]  # layer -> option -> stored bits, predicted cost
 
@@ -56,11 +57,12 @@ def trade_off(costs: Costs, plan: Mapping[str, Option], weights: Mapping[str, in
     first_cost = float(np.take_along_axis(cost, steps.start[:, None], axis=1).sum())
     sizes = first_size + np.concatenate([[0], np.cumsum(steps.size)])
     values = first_cost - np.concatenate([[0.0], np.cumsum(steps.saving)])
+    labels = option_labels(options)
     columns = np.array([options.index(plan[name]) for name in plan])
     return TradeOff(
         curve=[(float(bits) / total, float(value)) for bits, value in zip(sizes, values, strict=True)],
         uniform=[
-            Point(label=_tell(option, options), bits=float(size[:, at].sum()) / total, cost=float(cost[:, at].sum()))
+            Point(label=labels[option], bits=float(size[:, at].sum()) / total, cost=float(cost[:, at].sum()))
             for at, option in enumerate(options)
         ],
         chosen=Point(
@@ -69,11 +71,6 @@ def trade_off(costs: Costs, plan: Mapping[str, Option], weights: Mapping[str, in
             cost=float(np.take_along_axis(cost, columns[:, None], axis=1).sum()),
         ),
     )
-
-
-def _tell(option: Option, options: list[Option]) -> str:
-    one_group = len({each.group_size for each in options}) == 1
-    return f"{option.bits}" if one_group else f"{option.bits}/{option.group_size}"
 
 
 def audit_of(metrics: Mapping[str, Any]) -> Audit | None:

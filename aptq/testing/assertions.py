@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from aptq.api import Format, Option
+from aptq.api import Format, FormatSet, Option
 from aptq.errors import AptqError
 from aptq.registry import build
 
@@ -61,7 +61,11 @@ def accepted(
     """Return all options and shapes that a format accepts; each width must be accepted somewhere."""
     cases = []
     for width in bits:
-        options = [Option(bits=width, group_size=size) for size in dict.fromkeys((*group_sizes, format.group_size, -1))]
+        options = [
+            Option(width, size, name)
+            for name in (format.formats if isinstance(format, FormatSet) else ("",))
+            for size in dict.fromkeys((*group_sizes, format.group_size, -1))
+        ]
         found = [(option, shape) for option in options for shape in shapes if accepts(format, option, shape)]
         expect(
             bool(found),

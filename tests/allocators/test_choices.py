@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from aptq.allocators.knapsack import Knapsack
-from aptq.api import AptqError
+from aptq.api import AptqError, Option
 from aptq.testing.allocation import random_problem
 
 
@@ -59,12 +59,20 @@ def test_costs_that_are_blind_to_bits_are_refused() -> None:
         ({"pin": {"*": 5}}, "does not offer"),
         ({"group_sizes": (64, 64), "count": "storage"}, "different sizes"),
         ({"group_sizes": (0,), "count": "storage"}, "from 1 up"),
-        ({"group_sizes": (32, 64)}, "allocator.count=storage"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options: dict, message: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(AptqError, match=message):
         Knapsack(**options)
+
+
+def test_a_budget_of_codes_cannot_weigh_options_of_one_width() -> None:
+    several = [Option(3, 32, "integer"), Option(3, 64, "integer"), Option(3, 64, "float")]
+    for pair in (several[:2], several[1:]):
+        with pytest.raises(AptqError, match=r"allocator\.count=storage"):
+            Knapsack().check_options(pair)
+        Knapsack(count="storage").check_options(pair)
+    Knapsack().check_options([Option(3, 32, "integer"), Option(4, 64, "float")])
 
 
 def test_layers_that_share_an_option_are_chosen_for_together() -> None:

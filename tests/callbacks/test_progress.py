@@ -19,7 +19,8 @@ from aptq.callbacks.progress import Progress
 
 def report(error: float, bits: int = 3) -> LayerReport:
     return LayerReport(
-        name="a", out_features=8, in_features=4, bits=bits, group_size=-1, storage_bits=3.1, tokens=9, trace=0.1,
+        name="a", out_features=8, in_features=4, bits=bits, group_size=-1, format="integer",
+        storage_bits=3.1, tokens=9, trace=0.1,
         predicted_cost=None, error_nearest=0.3, error=0.2, relative_error=error, damping=0.0, seconds=0.5, events="",
     )  # fmt: skip
 

@@ -42,7 +42,8 @@ METRICS: dict[str, Any] = {
 
 def layer(name: str, bits: int, error: float) -> LayerReport:
     return LayerReport(
-        name=name, out_features=8, in_features=4, bits=bits, group_size=64, storage_bits=bits + 0.3, tokens=9,
+        name=name, out_features=8, in_features=4, bits=bits, group_size=64, format="integer",
+        storage_bits=bits + 0.3, tokens=9,
         trace=0.1, predicted_cost=0.2, error_nearest=2 * error, error=error, relative_error=error, damping=0.01,
         seconds=0.5, events="",
     )  # fmt: skip
@@ -60,7 +61,7 @@ def reports() -> list[LayerReport]:
 
 def problem(rows: list[LayerReport]) -> Allocation:
     """Three widths for each layer; what they cost falls fourfold a bit, and rises with the layer's number."""
-    options = [Option(bits, 64) for bits in (3, 4, 8)]
+    options = [Option(bits, 64, "integer") for bits in (3, 4, 8)]
     shapes = {row.name: (row.out_features, row.in_features) for row in rows}
     return Allocation(
         shapes=shapes,
@@ -74,8 +75,8 @@ def make(folder: Path, metrics: dict[str, Any] | None, rows: list[LayerReport]) 
     with Run.open(RunSettings(dir=str(folder)), {"name": "demo", "model": {"path": "tiny & small"}}) as run:
         if rows:
             run.write_layers_csv(rows)
-            options = {row.name: Option(row.bits, row.group_size) for row in rows}
-            run.save_plan(Plan(layers=options, format_name="integer", budget={"ratio": 0.5, "code_bits": 3.5}))
+            options = {row.name: Option(row.bits, row.group_size, row.format) for row in rows}
+            run.save_plan(Plan(layers=options, budget={"ratio": 0.5, "code_bits": 3.5}))
             run.save_sensitivity(problem(rows))
         if metrics is not None:
             run.model_folder.mkdir()
@@ -182,7 +183,8 @@ def test_layers_are_laid_out_by_kind_and_depth(tmp_path: Path) -> None:
     assert content.bits.values == [[3, 4, 3], [3.5, 3.5, 3.5]]  # experts by their mean
     assert content.errors is not None
     assert [cell.level for cell in content.errors.cells[0] if cell] == pytest.approx([0, 0.461, 0.730], abs=1e-3)
-    assert [(width.bits, width.layers) for width in content.widths] == [(3, 5), (4, 4), (8, 1)]
+    widths = [("3 bits", 5), ("4 bits", 4), ("8 bits", 1)]
+    assert [(width.label, width.layers) for width in content.widths] == widths
     assert sum(width.share or 0 for width in content.widths) == pytest.approx(1)
 
 

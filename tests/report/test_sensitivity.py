@@ -25,7 +25,7 @@ def test_the_curve_is_below_every_plan_and_meets_the_ends() -> None:
     assert (bits[-1], values[-1]) == pytest.approx((four.bits, four.cost))
     assert min(value for at, value in found.curve if at <= three.bits) < three.cost
     assert found.chosen.cost == pytest.approx(sum(problem.costs[name][option] for name, option in plan.items()))
-    assert two.label == "2"
+    assert two.label == "2 bits"
 
 
 def test_costs_that_are_missing_or_blind_to_bits_give_no_curve() -> None:
