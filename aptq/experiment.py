@@ -14,6 +14,7 @@ from aptq.api import Exporter
 from aptq.callbacks import Callbacks
 from aptq.config import compose, to_settings
 from aptq.data import check_data, evaluation_texts
+from aptq.decode_times import DecodeTimes
 from aptq.errors import AptqError
 from aptq.files import new_folder
 from aptq.finished import job_of, open_for_use
@@ -62,6 +63,7 @@ def build_experiment(config: DictConfig) -> Experiment:
         exporters=_exporters(plain["exporter"]),
         evaluator=registry.build("evaluator", plain["evaluator"]) if plain.get("evaluator") else None,
         target=target,
+        decode_times=_decode_times(plain),
         fused=fuses(target, convert(plain["fused"], bool | None, "fused")),
         backend=_backend(plain["backend"]),
         fabric=fabric,
@@ -110,6 +112,11 @@ def build_callbacks(config: Mapping[str, Any], fabric: Fabric, loggers: Sequence
         return Callbacks([])
     chosen = [registry.build("callback", config["callback"])] if config.get("callback") else []
     return Callbacks([*chosen, *([LoggerCallback(loggers)] if loggers else [])])
+
+
+def _decode_times(config: Mapping[str, Any]) -> DecodeTimes | None:
+    path = convert(config["decode_times"], Path | None, "decode_times")
+    return None if path is None else DecodeTimes.read(path, _backend(config["backend"]))
 
 
 def _backend(config: Mapping[str, Any] | str) -> str:

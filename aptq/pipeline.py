@@ -32,6 +32,7 @@ from aptq.calibration.statistics import content_key
 from aptq.calibration.walk import Walk
 from aptq.callbacks import Callbacks
 from aptq.data import calibration_samples
+from aptq.decode_times import DecodeTimes
 from aptq.files import new_folder
 from aptq.judge import STAGE as EVALUATE
 from aptq.judge import Judge, memory, versions
@@ -76,6 +77,7 @@ class Experiment:
     measure_bits: int | None = None  # of the blocks that pass 1 leaves behind it; None: full precision
     true_sequential: bool = True
     prefix: str = "quantized"
+    decode_times: DecodeTimes | None = None
     fused: bool = False  # layers that are run as one share an option
     baseline: bool = True
     num_samples: int = 2  # continuations shown in the report

@@ -51,6 +51,7 @@ def make_plan(
         layers=layers,
         budget={
             **budget(experiment, problem.shapes, layers),
+            **_decoding(problem, layers),
             **({"audit": "the same bits everywhere were measured to be better"} if replaced else {}),
         },
         predicted_cost=sum(costs.values()) if costs else None,
@@ -58,6 +59,13 @@ def make_plan(
         layer_costs=costs,
     )
     return plan, problem, figures
+
+
+def _decoding(problem: Allocation, layers: Mapping[str, Option]) -> dict[str, float]:
+    """Return what a plan is predicted to take to decode a token, where times are known."""
+    if not problem.seconds:
+        return {}
+    return {"decode_milliseconds": 1e3 * sum(problem.seconds[name][option] for name, option in layers.items())}
 
 
 def _problem(
@@ -77,7 +85,13 @@ def _problem(
         for name, shape in shapes.items()
     }
     return Allocation(
-        shapes=shapes, options=options, costs=costs, storage_bits=sizes, other_bytes=source.other_bytes, fused=fused
+        shapes=shapes,
+        options=options,
+        costs=costs,
+        storage_bits=sizes,
+        other_bytes=source.other_bytes,
+        seconds={} if experiment.decode_times is None else experiment.decode_times.of(shapes, options),
+        fused=fused,
     )
 
 

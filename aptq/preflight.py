@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from aptq.api import AptqError, DivergenceMetric, DriftEstimator, GroupedAllocator, LossMetric, Option
+from aptq.api import AptqError, DivergenceMetric, DriftEstimator, GroupedAllocator, LossMetric, Option, TimedAllocator
 from aptq.calibration.quantize import PREFIXES
 from aptq.calibration.rounding import needs_drift
 from aptq.data import check_data, check_length
@@ -27,6 +27,8 @@ def check_model(
     """
     shapes = source.layer_shapes()
     options = _storable(experiment, options, set(shapes.values()), all_of_them=given is not None)
+    if experiment.decode_times is not None and given is None:
+        experiment.decode_times.of(shapes, options)
     if experiment.measure_option is not None:
         try:
             for shape in set(shapes.values()):
@@ -66,6 +68,7 @@ def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
             "full-precision model, and needs its blocks as they are; leave measure_bits out, or use another metric."
         )
     _check_audit(experiment, predicts)
+    _check_times(experiment)
     given = None
     if experiment.plan_path is None:
         options = _options(experiment)
@@ -122,6 +125,16 @@ def _storable(
         if all_of_them or option.bits not in {each.bits for each in left}:
             raise reason
     return left
+
+
+def _check_times(experiment: Experiment) -> None:
+    """Raise ``AptqError`` where time is to be counted and nobody knows it."""
+    allocator = experiment.allocator
+    if isinstance(allocator, TimedAllocator) and allocator.needs_times and experiment.decode_times is None:
+        raise AptqError(
+            "allocator.count=time goes by measured times of layers: run aptq -cn benchmark benchmark.model=PATH with "
+            "the bits and group sizes in question, and give its table as decode_times=.../benchmark.json."
+        )
 
 
 def _check_audit(experiment: Experiment, predicts: bool) -> None:

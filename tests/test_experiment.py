@@ -187,6 +187,8 @@ def test_another_config_does_not_take_up_a_run(overrides: Callable[..., list[str
         (["quantizer=gptaq", "hessian=attention"], "hessian=attention cannot tell"),
         (["quantizer=gptaq", "hessian=identity"], "use hessian=input"),
         (["backend=nonsense"], "nonsense"),
+        (["allocator=knapsack", "allocator.count=time"], "decode_times="),
+        (["decode_times=nowhere.json"], "nowhere.json"),
         (["format=mixed"], "allocator=ratio chooses bits only"),
         (["format=mixed", "allocator=knapsack"], "allocator.count=storage"),
     ],

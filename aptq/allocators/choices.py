@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from aptq.api import Allocation, AptqError, Option
 
-_COUNTS = ("code", "storage", "model")
+_COUNTS = ("code", "storage", "model", "time")
 _BITS_PER_MEGABYTE = 8_000_000
+_NANOSECONDS = 1e9
+_PER_MILLISECOND = 1_000_000
 _Number = TypeVar("_Number", np.int64, np.float64)
 
 
@@ -22,8 +24,8 @@ _Number = TypeVar("_Number", np.int64, np.float64)
 class Choices:
     """An allocation problem as arrays: one row a unit (a layer, or layers that share an option), one column an option.
 
-    ``costs [units, options]``, infinite where an option is not allowed; ``sizes [units, options]`` in bits;
-    ``limit`` is the largest sum of sizes that the budget allows, in bits.
+    ``costs [units, options]``, infinite where an option is not allowed; ``sizes [units, options]`` in bits
+    (in nanoseconds, where time is counted); ``limit`` is the largest sum of sizes that the budget allows.
     """
 
     units: Sequence[Sequence[str]]
@@ -42,7 +44,7 @@ class Choices:
         return float(np.take_along_axis(self.costs, chosen[:, None], axis=1).sum())
 
     def size(self, chosen: NDArray[np.int64]) -> int:
-        """Return the sum of the sizes of a choice ``[units]``, in bits."""
+        """Return the sum of the sizes of a choice ``[units]``."""
         return int(np.take_along_axis(self.sizes, chosen[:, None], axis=1).sum())
 
 
@@ -51,7 +53,8 @@ class Budgeted:
     """What allocators with a budget share: their options, and what those make of a problem.
 
     ``bits`` to choose among; ``budget``, in average bits per weight or, with ``count="model"``, megabytes of the whole
-    model; ``count``, what the budget counts ("code", "storage" or "model"); ``pin``, the bits of layers by a pattern of
+    model, or, with ``count="time"``, milliseconds that all quantized layers take to decode a token; ``count``, what the
+    budget counts ("code", "storage", "model" or "time"); ``pin``, the bits of layers by a pattern of
     their names; ``group_sizes`` to choose among, those of the format where there are none.
     """
 
@@ -69,6 +72,11 @@ class Budgeted:
         """Costs are what is minimised."""
         return True
 
+    @property
+    def needs_times(self) -> bool:
+        """Where the budget counts time."""
+        return self.count == "time"
+
     def bit_options(self) -> tuple[int, ...]:
         """Return the widths to choose among."""
         return self.bits
@@ -78,7 +86,7 @@ class Budgeted:
         if self.count == "code" and len({option.bits for option in options}) < len(options):
             raise AptqError(
                 "With allocator.count=code, small groups and rich formats would cost nothing, since scales are not "
-                "counted. Use allocator.count=storage or model to choose among several group sizes or formats."
+                "counted. Use allocator.count=storage, model or time to choose among several group sizes or formats."
             )
 
     def choices(self, problem: Allocation) -> Choices:
@@ -113,8 +121,10 @@ def choices(problem: Allocation, budget: float, count: str, pin: Mapping[str, in
 
     Args:
         problem: layers, options, costs and sizes.
-        budget: the limit; bits per weight (``count`` "code" or "storage") or megabytes of 10^6 bytes ("model").
-        count: what the budget counts: codes alone; all that quantized layers store; all tensors of the model.
+        budget: the limit; bits per weight (``count`` "code" or "storage"), megabytes of 10^6 bytes ("model") or
+            milliseconds a token ("time").
+        count: what the budget counts: codes alone; all that quantized layers store; all tensors of the model; the
+            time that quantized layers take, one after the other.
         pin: bits of the layers whose name a pattern matches ("*" any characters); the first match counts.
 
     Raises:
@@ -126,12 +136,9 @@ def choices(problem: Allocation, budget: float, count: str, pin: Mapping[str, in
         if not all(math.isfinite(problem.costs[name][option]) for option in options):
             raise AptqError(f"The metric's costs of {name} are {problem.costs[name]}; a plan needs numbers.")
     costs = _by_unit(problem, lambda name, option: problem.costs[name][option], np.float64)
-    if count == "code":
-        sizes = _by_unit(problem, lambda name, option: problem.num_weights(name) * option.bits, np.int64)
-    else:
-        sizes = stored_sizes(problem)
+    sizes = _sizes(problem, count)
     other = 8 * problem.other_bytes if count == "model" else 0
-    unit = _BITS_PER_MEGABYTE if count == "model" else problem.total_weights
+    unit = {"model": _BITS_PER_MEGABYTE, "time": _PER_MILLISECOND}.get(count, problem.total_weights)
     allowed = _allowed(units, options, pin)
     if not np.ptp(costs, axis=1).any() and len(options) > 1:
         raise AptqError(
@@ -145,6 +152,15 @@ def choices(problem: Allocation, budget: float, count: str, pin: Mapping[str, in
     return Choices(
         units=units, options=options, costs=np.where(allowed, costs, np.inf), sizes=sizes, limit=limit - other
     )
+
+
+def _sizes(problem: Allocation, count: str) -> NDArray[np.int64]:
+    """Return what is counted of each unit at each option, ``[units, options]``."""
+    if count == "code":
+        return _by_unit(problem, lambda name, option: problem.num_weights(name) * option.bits, np.int64)
+    if count == "time":
+        return _by_unit(problem, lambda name, option: round(problem.seconds[name][option] * _NANOSECONDS), np.int64)
+    return stored_sizes(problem)
 
 
 def stored_sizes(problem: Allocation) -> NDArray[np.int64]:
@@ -204,9 +220,9 @@ def _refuse(
     if count == "model" and other > budget * unit:
         blame = f" What is not quantized takes {other / unit:.4g} of it (see model.quantize_head)."
     elif not blame:
-        blame = " Offer fewer bits in allocator.bits" + (
-            ", or larger groups (format.group_size), whose scales count too." if count != "code" else "."
-        )
+        also = {"code": "", "time": ", or a faster backend"}
+        larger = ", or larger groups (format.group_size), whose scales count too"
+        blame = f" Offer fewer bits in allocator.bits{also.get(count, larger)}."
     raise AptqError(
         f"allocator.budget={budget:g} ({_unit(count)}) cannot be kept: these {layers} layers take between "
         f"{low:.4g} and {high:.4g}.{blame}"
@@ -218,4 +234,5 @@ def _unit(count: str) -> str:
         "code": "average bits of codes per weight",
         "storage": "average stored bits per weight",
         "model": "megabytes of the whole model",
+        "time": "milliseconds a token in the quantized layers",
     }[count]

@@ -23,6 +23,7 @@ from aptq.api.allocation import (
     MeasuringAllocator,
     PlanJudge,
     SensitivityMetric,
+    TimedAllocator,
 )
 from aptq.api.curvature import (
     BlockObserver,
@@ -111,5 +112,6 @@ __all__ = [
     "Rounded",
     "SensitivityMetric",
     "SequentialEstimator",
+    "TimedAllocator",
     "format_of",
 ]

@@ -135,6 +135,7 @@ class Allocation:
     costs: Mapping[str, Mapping[Option, float]]  # empty when the allocator needs none
     storage_bits: Mapping[str, Mapping[Option, int]]  # everything the disk sees: codes, scales, zeros
     other_bytes: int = 0  # of the tensors of the model that are not quantized
+    seconds: Mapping[str, Mapping[Option, float]] = field(default_factory=dict)  # to decode a token; if asked for
     fused: Sequence[Sequence[str]] = ()
     judge: PlanJudge | None = None  # for a ``MeasuringAllocator``
 
@@ -190,6 +191,15 @@ class GroupedAllocator(Allocator, Protocol):
 
     def check_options(self, options: Sequence[Option]) -> None:
         """Raise ``AptqError`` before any work when it cannot choose among these options."""
+
+
+@runtime_checkable
+class TimedAllocator(Allocator, Protocol):
+    """An allocator that may count the time that layers take."""
+
+    @property
+    def needs_times(self) -> bool:
+        """Whether it does with its present options, and ``Allocation.seconds`` has to be there."""
 
 
 @runtime_checkable

@@ -62,6 +62,8 @@ def origin(budget: Mapping[str, Any]) -> str:
     bits = [
         f"{budget[key]:.3f} {words}" for key, words in _AVERAGES.items() if isinstance(budget.get(key), int | float)
     ]
+    if isinstance(milliseconds := budget.get("decode_milliseconds"), int | float):
+        told.append(f"Predicted to take {milliseconds:.3g} ms a token in the quantized layers")
     told += [f"On average {' and '.join(bits)} a weight"] if bits else []
     return "".join(f"{sentence}. " for sentence in told).strip()
 

@@ -75,6 +75,24 @@ def test_a_budget_of_codes_cannot_weigh_options_of_one_width() -> None:
     Knapsack().check_options([Option(3, 32, "integer"), Option(4, 64, "float")])
 
 
+def test_a_budget_of_time_is_kept_and_counts_nothing_else() -> None:
+    problem = random_problem((2, 3, 4), 12, 0, flat=False, with_costs=True)
+    # Three bits are slower than four: no plan of least cost has them.
+    per_weight = {2: 1e-9, 3: 4e-9, 4: 3e-9}
+    seconds = {
+        name: {option: problem.num_weights(name) * per_weight[option.bits] for option in problem.options}
+        for name in problem.shapes
+    }
+    timed = replace(problem, seconds=seconds)
+    limit = 1e3 * 2e-9 * problem.total_weights  # half way between all at two and all at four
+    plan = Knapsack(bits=(2, 3, 4), budget=limit, count="time").allocate(timed)
+    taken = 1e3 * sum(seconds[name][option] for name, option in plan.items())
+    assert 0.8 * limit < taken <= limit
+    assert {option.bits for option in plan.values()} == {2, 4}
+    with pytest.raises(AptqError, match="milliseconds a token.*or a faster backend"):
+        Knapsack(bits=(2, 3, 4), budget=0.4 * limit, count="time").allocate(timed)
+
+
 def test_layers_that_share_an_option_are_chosen_for_together() -> None:
     problem = random_problem((2, 3, 4), 12, 0, flat=False, with_costs=True)
     names = list(problem.shapes)
