@@ -11,19 +11,24 @@ run again.
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from autoround import plans
+from environments import DEFAULT_CACHE
 from tables import as_rich, markdown_table
 
 from runs import Job, add_options, console, footer, full_precision, mean_and_range, run_jobs
 
 HERE = Path(__file__).resolve().parent
 UNIFORM = "the same bits everywhere"
+AUTOROUND = "AutoRound's own plan"
 _OVERHEAD = 0.297
 """Stored bits a weight beyond 3 bits of code, in groups of 64: a scale in 16 bits and a zero point."""
 _KNAPSACK = ["allocator=knapsack", "allocator.bits=[2,3,4,8]"]
@@ -46,6 +51,7 @@ ROWS: dict[str, list[str]] = {
     "output, fused layers together": [*_KNAPSACK, "metric=output", "fused=true"],
     "output, labels of the text (ModelOpt's score)": [*_KNAPSACK, "metric=output", "metric.labels=data"],
     "gradient, absolute (AutoRound's score)": [*_KNAPSACK, "metric=gradient"],
+    AUTOROUND: ["plan=..."],  # of AutoScheme in AutoRound's own environment, nothing tuned
     "gradient, squared": [*_KNAPSACK, "metric=gradient", "metric.form=squared", "metric.labels=model"],
     "error": [*_KNAPSACK, "metric=error"],
     "trace times error (HAWQ-V2)": [*_KNAPSACK, "metric=trace_error"],
@@ -61,6 +67,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budgets", type=float, nargs="+", default=[2.5, 3.0, 3.5])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW", help="default: all")
     parser.add_argument("--audit", type=int, default=0, help="random plans at each row's first budget")
+    parser.add_argument("--peers", type=Path, default=DEFAULT_CACHE, help="where peers' environments are kept")
     return parser.parse_args(argv)
 
 
@@ -76,14 +83,19 @@ def words(row: str, budget: float) -> list[str] | None:
     return [*ROWS[row], f"allocator.budget={budget:g}"]
 
 
-def jobs(options: argparse.Namespace) -> Iterator[Job]:
-    """Yield the runs that were asked for; those of one row share what they measure."""
+def jobs(options: argparse.Namespace, folder: Path) -> Iterator[Job]:
+    """Yield the runs that were asked for; those of one row share what they measure.
+
+    AutoRound's plans are made in ``folder`` when their turn comes.
+    """
     for seed, row in product(options.seeds, options.rows):
+        own = _autoround(options, seed, folder) if row == AUTOROUND else {}
         for number, budget in enumerate(options.budgets):
-            job = words(row, budget)
+            job = [f"plan={own[budget]}"] if row == AUTOROUND else words(row, budget)
             if job is None:
                 continue
-            audit = [f"audit={options.audit}"] if number == 0 and options.audit and row != UNIFORM else []
+            audited = number == 0 and options.audit and row not in (UNIFORM, AUTOROUND)
+            audit = [f"audit={options.audit}"] if audited else []
             yield Job(
                 row=row,
                 fields={"budget": budget},
@@ -93,6 +105,27 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
                 baseline=row == UNIFORM,
                 cache=f"{list(ROWS).index(row)}-{seed}",
             )
+
+
+def _autoround(options: argparse.Namespace, seed: int, folder: Path) -> dict[float, Path]:
+    """Return AutoRound's plans by budget, but for runs that are on record."""
+    if options.json.exists():
+        known = json.loads(options.json.read_text(encoding="utf-8"))["results"]
+        done = {each["budget"] for each in known if (each["row"], each["seed"]) == (AUTOROUND, seed)}
+        if done >= set(options.budgets):
+            return dict.fromkeys(options.budgets, folder)  # they are not run again
+    (place := folder / f"seed_{seed}").mkdir()
+    return plans(
+        model=options.model,
+        calibration=options.calibration,
+        budgets=options.budgets,
+        samples=options.samples,
+        length=options.length,
+        seed=seed,
+        threads=options.threads,
+        peers=options.peers,
+        folder=place,
+    )
 
 
 def table(record: Mapping[str, Any], budget: float) -> tuple[list[str], list[list[str]]]:
@@ -137,7 +170,9 @@ def as_markdown(record: Mapping[str, Any]) -> str:
         f"quantizer; {record['samples']} calibration samples of {record['length']} tokens, perplexity on "
         f"{record['sequences']} sequences of {record['length']} tokens of each text; full precision: {told}. Spearman: "
         "correlation of what the metric predicts with the measured divergence, over random plans of one size. The "
-        "scores of AutoRound and ModelOpt are taken with our rounding, so that the choice of bits alone is compared.",
+        "scores of AutoRound and ModelOpt are taken with our rounding, so that the choice of bits alone is compared; "
+        "AutoRound's own plan is what its AutoScheme chooses (texts of the same file, nothing tuned), rounded "
+        "by our quantizer. ModelOpt has no widths below 4 bits, and so no plan of its own here.",
     ]
     for budget in sorted({each["budget"] for each in record["results"]}):
         parts += [f"## {budget:g} bits", markdown_table(*table(record, budget))]
@@ -147,7 +182,8 @@ def as_markdown(record: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing from the record, and write the page after every run."""
     options = parse(argv)
-    record = run_jobs(options, jobs(options), as_markdown, "allocation")
+    with tempfile.TemporaryDirectory() as folder:
+        record = run_jobs(options, jobs(options, Path(folder)), as_markdown, "allocation")
     for budget in options.budgets:
         console.print(as_rich(*table(record, budget), title=f"{budget:g} bits"))
 
