@@ -119,13 +119,18 @@ def build(kind: str, config: Mapping[str, Any], **runtime: Any) -> Any:
 
 
 def _parts(target: Any, options: dict[str, Any], where: str) -> dict[str, Any]:
-    """Take the options out that are components themselves (``Mapping[str, Format]``), and return them built."""
-    parts = {}
+    """Take out the options that are components themselves (``Format``, ``Mapping[str, Format]``); return them built."""
+    parts: dict[str, Any] = {}
     for key in keys_of(target)[0].values():
-        kind = next((kind for kind, contract in CONTRACTS.items() if key.annotation == Mapping[str, contract]), None)  # type: ignore[valid-type]
-        if kind is not None and key.name in options:
-            sections = convert(options.pop(key.name), Mapping[str, Mapping[str, Any]], f"{where}: {key.name}")
-            parts[key.name] = {name: build(kind, section) for name, section in sections.items()}
+        for kind, contract in CONTRACTS.items():
+            if key.name not in options or key.annotation not in (contract, Mapping[str, contract]):  # type: ignore[valid-type]
+                continue
+            section, told = options.pop(key.name), f"{where}: {key.name}"
+            if key.annotation is contract:
+                parts[key.name] = build(kind, convert(section, Mapping[str, Any], told))
+            else:
+                sections = convert(section, Mapping[str, Mapping[str, Any]], told)
+                parts[key.name] = {name: build(kind, each) for name, each in sections.items()}
     return parts
 
 

@@ -19,6 +19,8 @@ from aptq.packing import unpack
 
 Folder = Callable[..., Path]
 MIXED = ["format.formats.integer", "format.formats.asymmetric_float"]
+GROUPED = {"format=mixed": MIXED, "format=scaled": ["format.inner"]}
+"""Where formats that are made of others have their group sizes."""
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog, being lazy, lets it. "
 
 
@@ -38,7 +40,10 @@ def overrides(tiny_model_folder: Folder, tmp_path: Path) -> Callable[..., list[s
             "data.sequence_length=64",
             "data.batch_size=2",
             *([] if "evaluator=none" in more else ["evaluator.num_sequences=2"]),
-            *(f"{part}.group_size=32" for part in (MIXED if "format=mixed" in more else ["format"])),
+            *(
+                f"{part}.group_size=32"
+                for part in next((GROUPED[word] for word in more if word in GROUPED), ["format"])
+            ),
             "fabric=cpu",
             "callback=none",
             # Quicker than the defaults; an experiment has its own.
@@ -216,7 +221,7 @@ def test_other_inputs_and_targets_give_models_that_work(more: list[str], overrid
     assert metrics["perplexity"]["fox"] == pytest.approx(metrics["baseline_perplexity"]["fox"], rel=0.2)
 
 
-@pytest.mark.parametrize("format", ["float", "asymmetric_float"])
+@pytest.mark.parametrize("format", ["float", "asymmetric_float", "scaled"])
 def test_every_format_is_allocated_stored_and_loaded(format: str, overrides: Callable[..., list[str]]) -> None:
     more = [f"format={format}", "metric=output", "allocator=knapsack", "allocator.bits=[2,3,4]", "allocator.budget=3.4"]
     run = aptq.quantize(overrides(*more))

@@ -55,7 +55,7 @@ def main() -> None:
             seqlen=arguments.length,
             seed=arguments.seed,
         )
-        rounding.quantize()
+        rounding.post_init()  # chooses; what would follow rounds to nearest
         plans[str(budget)] = {
             name: int(layer["bits"]) for name, layer in rounding.layer_config.items() if int(layer["bits"]) < 16
         }
