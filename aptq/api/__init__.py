@@ -61,6 +61,7 @@ from aptq.api.rounding import (
     Grid,
     QuantizedWeight,
     Quantizer,
+    RefitGrid,
     Rounded,
 )
 from aptq.errors import (
@@ -105,6 +106,7 @@ __all__ = [
     "PlanJudge",
     "Quantizer",
     "QuantizedWeight",
+    "RefitGrid",
     "Rounded",
     "SensitivityMetric",
     "SequentialEstimator",
