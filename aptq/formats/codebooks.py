@@ -33,8 +33,8 @@ class Spec:
         match = _SPEC.fullmatch(text)
         if match is None:
             raise AptqError(
-                f"{key}={text!r} is no codebook; write v4-k256 for vectors of 4 weights and 256 centroids, v8-k4096-256 "
-                "for 256 residual centroids beside 4096."
+                f"{key}={text!r} is no codebook; write v4-k256 for vectors of 4 weights and 256 centroids, "
+                "v8-k4096-256 for 256 residual centroids beside 4096."
             )
         spec = cls(*(int(number or 0) for number in match.groups()))
         counts = [spec.centroids, *([spec.residual] if match.group(3) else [])]
@@ -131,7 +131,7 @@ class Codebook:
 
 
 def fitted(vectors: Tensor, weights: Tensor, spec: Spec, means: KMeans, beam: int) -> Codebook:
-    """Return a codebook for ``vectors [n, spec.length]`` with weights ``[n]``: k-means, and again of what is left over."""
+    """Return a codebook for ``vectors [n, spec.length]`` with weights ``[n]``: k-means, and once more on the rest."""
     vectors, weights = means.drawn(vectors, weights, spec.centroids)
     main = means.fit(vectors, weights, spec.centroids)
     if not spec.residual:

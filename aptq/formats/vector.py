@@ -19,17 +19,17 @@ from aptq.formats.vector_grid import SCALES, VectorGrid
 
 @dataclass(frozen=True)
 class Vector:
-    """``W[m v : (m + 1) v, j] = (C[i] + R[r]) * row_scale[m] * column_scale[j]`` with a code ``i``, ``r`` for each vector.
+    """``W[m v : (m + 1) v, j] = (C[i] + R[r]) row_scale[m] column_scale[j]``, with a code ``i``, ``r`` for each vector.
 
     ``bits_1`` to ``bits_4`` say what vectors and codebooks stand for a width (see ``codebooks.Spec``); what they take
-    in truth, codebooks and all, is in the storage bits. ``group_size`` consecutive inputs share their codebooks, -1: all
-    of a layer. The share ``outliers`` of inputs, those of the largest importance, has a codebook of its own,
-    ``outlier_codebook``, whose vectors are a whole part of the others. ``normalize`` divides columns and rows of vectors
-    by their root mean squares. Codebooks and scales are rounded to ``scale_dtype`` *before* codes are chosen.
+    in truth, codebooks and all, is in the storage bits. ``group_size`` consecutive inputs share their codebooks, -1:
+    all of a layer. The share ``outliers`` of inputs, those of the largest importance, has a codebook of its own,
+    ``outlier_codebook``, whose vectors are a whole part of the others. ``normalize`` divides columns and rows of
+    vectors by their root mean squares. Codebooks and scales are rounded to ``scale_dtype`` *before* codes are chosen.
 
-    Codebooks are fitted by k-means (``iterations``, ``tolerance``, ``samples`` vectors a centroid, ``seed``), a vector's
-    weight being the importance of its column; then up to ``refits`` times to the columns that the quantizer's error
-    feedback made of the weights. ``beam`` centroids are tried with the residual ones for each vector.
+    Codebooks are fitted by k-means (``iterations``, ``tolerance``, ``samples`` vectors a centroid, ``seed``), a
+    vector's weight being the importance of its column; then up to ``refits`` times to the columns that the quantizer's
+    error feedback made of the weights. ``beam`` centroids are tried with the residual ones for each vector.
 
     Source: Liu et al., "VPTQ" (EMNLP 2024, arXiv 2409.17066).
     """
@@ -101,8 +101,8 @@ class Vector:
         if heads > 1 and rows % spec.length:
             raise AptqError(
                 f"The {rows} rows of a head cannot be cut into vectors of {spec.length} (format.bits_{option.bits}="
-                f"{getattr(self, f'bits_{option.bits}')}); use a length that divides {rows}, or a Hessian without heads "
-                "(hessian=input)."
+                f"{getattr(self, f'bits_{option.bits}')}); use a length that divides {rows}, or a Hessian without "
+                "heads (hessian=input)."
             )
         if importance is None:
             importance = torch.ones(heads, width, device=weight.device)
@@ -169,7 +169,7 @@ class Vector:
         return weight[:, :out_features].T
 
     def pack(self, quantized: QuantizedWeight, option: Option) -> dict[str, Tensor]:
-        """Return indices (planar16: see ``aptq.packing``), codebooks, scales and outliers; see ``packed_layout``."""
+        """Return indices (see ``aptq.packing``), codebooks, scales and outliers; see ``packed_layout``."""
         bits = self._widths(option)
         packed = {"indices": packing.pack(quantized.codes, bits["indices"])}
         for name, tensor in quantized.parameters.items():

@@ -34,7 +34,7 @@ def expect_equal(actual: Tensor, expected: Tensor, what: str) -> None:
 
 
 def expect_same_levels(actual: Tensor, expected: Tensor, what: str) -> None:
-    """Demand equal values, but for levels that half precision hardly tells apart: which of them is nearest is a matter of rounding."""
+    """Demand equal values, but for levels that half precision hardly tells apart: rounding decides which is nearest."""
     near = torch.isclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
     expect_equal(torch.where(near, expected, actual), expected, what)
 
