@@ -27,6 +27,9 @@ from torch import Tensor
 UNIT = 32
 """Codes per unit of the layout."""
 
+_ROWS = 1024
+"""Rows that ``pack_rows`` packs at a time: their single bits are in memory for a moment."""
+
 _PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 _PLANES |= {8 + bits: (8, *planes) for bits, planes in _PLANES.items()}
 
@@ -89,3 +92,19 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     for k, word, shift, low, width in _fields(bits):
         codes[:, k] |= (((packed[:, word] >> shift) & ((1 << width) - 1)) << low).to(dtype)
     return codes.view(units * UNIT, out_features)[:in_features].T
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes ``[rows, n]`` in ``[0, 2^bits)``, bits up to 32, into int32 ``[rows, ceil(n bits / 32)]``.
+
+    Code ``i`` of a row takes the bits ``[i bits, (i + 1) bits)`` of its stream, which is cut into words, the lowest bit
+    first; a code may lie in two words. This is how other programs store codes.
+    """
+    places = torch.arange(32, dtype=torch.int64, device=codes.device)
+    parts = []
+    for part in codes.split(_ROWS):
+        stream = (part[:, :, None] >> torch.arange(bits, dtype=codes.dtype, device=codes.device)) & 1
+        stream = torch.nn.functional.pad(stream.flatten(1), (0, -part.shape[1] * bits % 32))
+        words = (stream.view(len(part), -1, 32).to(torch.int64) << places).sum(-1)
+        parts.append(torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32))
+    return torch.cat(parts)

@@ -62,3 +62,16 @@ def test_codes_out_of_range_are_refused(bits: int, codes: list[list[int]]) -> No
 def test_widths_that_do_not_exist_are_refused(bits: int) -> None:
     with pytest.raises(ValueError, match="1 to 16"):
         packing.pack(torch.zeros(1, 1, dtype=torch.int64), bits)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8, 12, 24, 32])
+@pytest.mark.parametrize("width", [32, 33, 100])
+def test_rows_are_streams_of_bits(bits: int, width: int) -> None:
+    codes = torch.randint(0, 1 << bits, (5, width), dtype=torch.int64)
+    codes[0] = (1 << bits) - 1  # the sign bits of words, too
+    packed = packing.pack_rows(codes, bits)
+    assert packed.dtype == torch.int32
+    assert packed.shape == (5, -(-width * bits // 32))
+    for row, words in zip(codes.tolist(), packed.tolist(), strict=True):
+        stream = sum((word % (1 << 32)) << (32 * at) for at, word in enumerate(words))
+        assert stream == sum(code << (bits * at) for at, code in enumerate(row))

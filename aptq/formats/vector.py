@@ -64,16 +64,12 @@ class Vector:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise AptqError(f"format.{name}={getattr(self, name)} is not allowed; use {low} or more.")
-        outlier = Spec.parse(self.outlier_codebook, "format.outlier_codebook")
+        if Spec.parse(self.outlier_codebook, "format.outlier_codebook").residual:
+            raise AptqError(
+                f"format.outlier_codebook={self.outlier_codebook} is not allowed: no residual centroids there."
+            )
         for bits in range(1, 5):
-            length = self.spec(bits).length
-            parts = length // outlier.length
-            if self.outliers and (length % outlier.length or parts * outlier.index_bits > 62 or outlier.residual):
-                raise AptqError(
-                    f"format.outlier_codebook={self.outlier_codebook} cannot stand beside "
-                    f"format.bits_{bits}={getattr(self, f'bits_{bits}')}: its vectors have to be a whole part of the "
-                    "others, with codes of 62 bits at most for one of the others, and no residual centroids."
-                )
+            self.spec(bits)
 
     def spec(self, bits: int) -> Spec:
         """Return what stands for a width of 1 to 4 bits."""
@@ -84,11 +80,18 @@ class Vector:
         return min(round(self.outliers * in_features), in_features - 1)
 
     def check(self, option: Option, shape: tuple[int, int]) -> None:
-        """Raise ``AptqError`` for bits outside 1-4 or a meaningless group size; every shape is served."""
-        del shape
+        """Raise ``AptqError`` for bits outside 1-4, a meaningless group size, or outliers that do not fit in."""
         if not 1 <= option.bits <= 4:
             raise AptqError(f"Format vector has widths of 1 to 4 bits; got bits={option.bits}.")
         check_group(option)
+        for finer in self._finer(shape[1]):
+            parts, rest = divmod(self.spec(option.bits).length, finer.length)
+            if rest or parts * finer.index_bits > 62:
+                raise AptqError(
+                    f"format.outlier_codebook={self.outlier_codebook} cannot stand beside format.bits_{option.bits}="
+                    f"{getattr(self, f'bits_{option.bits}')}: its vectors have to be a whole part of the others, with "
+                    "at most 62 bits of indices for one of those."
+                )
 
     def fit(self, weight: Tensor, option: Option, importance: Tensor | None = None) -> VectorGrid:
         """Fit scales and codebooks to a weight ``[heads, rows, in]`` (see the class).
