@@ -48,7 +48,7 @@ class Vector:
     samples: int = 256
     seed: int = 0
     refits: int = 2
-    beam: int = 8
+    beam: int = 16
 
     def __post_init__(self) -> None:
         if self.scale_dtype not in SCALE_DTYPES:
