@@ -16,7 +16,7 @@ from aptq.testing import check_format, check_quantizer
 
 SMALL = {"bits_1": "v4-k16", "bits_2": "v2-k16", "iterations": 4}
 FORMATS = {
-    "defaults": (Vector(iterations=4), (2, 4)),
+    "defaults": (Vector(iterations=2), (2,)),
     "no scales": (Vector(**SMALL, normalize="none", group_size=16), (1, 2)),
     "column scales in bfloat16": (Vector(**SMALL, normalize="columns", scale_dtype="bfloat16"), (1, 2)),
     "length that divides nothing": (Vector(bits_2="v3-k64", normalize="rows", iterations=4), (2,)),
@@ -141,10 +141,10 @@ def _error(format: Vector, quantizer: Nearest | GPTQ, weight: Tensor, curvature:
 
 def test_error_falls_from_k_means_to_feedback_to_codebooks_fitted_to_it_to_residuals() -> None:
     """The paper's passes, on correlated inputs."""
-    weight = torch.randn(128, 64, generator=torch.Generator().manual_seed(0))
-    curvature = Curvature(column=_correlated(1, 64), tokens=256)
-    plain, learning = (Vector(bits_2="v4-k64", refits=refits) for refits in (0, 2))
-    residual = Vector(bits_2="v4-k64-16", refits=2)
+    weight = torch.randn(128, 48, generator=torch.Generator().manual_seed(0))
+    curvature = Curvature(column=_correlated(1, 48), tokens=256)
+    plain, learning = (Vector(bits_2="v4-k32", refits=refits) for refits in (0, 2))
+    residual = Vector(bits_2="v4-k32-8", refits=2)
     nearest = _error(plain, Nearest(), weight, curvature)
     feedback = _error(plain, GPTQ(), weight, curvature)
     fitted = _error(learning, GPTQ(), weight, curvature)
