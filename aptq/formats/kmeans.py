@@ -69,7 +69,8 @@ def initial(vectors: Tensor, weights: Tensor, count: int, generator: torch.Gener
     """
     uniform = torch.rand(len(vectors), generator=generator, dtype=torch.float64).clamp_(min=1e-300)
     keys = (uniform.log() / weights.double().cpu()).nan_to_num(nan=float("-inf"))
-    chosen = keys.topk(min(count, len(vectors))).indices.to(vectors.device)
+    # In their own order, so that weights that differ by a rounding error do not give other indices.
+    chosen = keys.topk(min(count, len(vectors))).indices.sort().values.to(vectors.device)
     return vectors[chosen.repeat(-(-count // len(chosen)))[:count]].clone()
 
 
