@@ -1,11 +1,12 @@
-"""Dense packing of 1- to 8-bit codes into 32-bit words: pure functions on tensors.
+"""Dense packing of 1- to 16-bit codes into 32-bit words: pure functions on tensors.
 
 The layout ("planar32") packs units of 32 consecutive inputs of one output into exactly ``bits`` words::
 
     packed  int32 [ceil(K / 32), bits, N]        K inputs (padded with zero codes to a multiple of 32), N outputs
 
 so that a kernel reads consecutive words for consecutive outputs, and no code straddles a word. A width is split into
-planes, from the low bits up: 3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1, others are one plane. The *primary* plane (width P,
+planes, from the low bits up: 3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1; 1, 2, 4 and 8 are one plane; wider codes are 8 bits
+and the planes of the rest. The *primary* plane (width P,
 P words) holds code ``k`` at word ``k // (32 / P)``, bit ``P * (k % (32 / P))``: for 2, 4 and 8 bits the packed tensor
 is a view of GPTQ's ``qweight [K * bits / 32, N]``.
 
@@ -26,14 +27,18 @@ from torch import Tensor
 UNIT = 32
 """Codes per unit of the layout."""
 
+_ROWS = 1024
+"""Rows that ``pack_rows`` packs at a time: their single bits are in memory for a moment."""
+
 _PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+_PLANES |= {8 + bits: (8, *planes) for bits, planes in _PLANES.items()}
 
 
 @cache
 def _fields(bits: int) -> tuple[tuple[int, int, int, int, int], ...]:
     """Return ``(k, word, shift, lowest bit, width)`` for every code of a unit and every plane."""
     if bits not in _PLANES:
-        raise ValueError(f"Codes of {bits!r} bits cannot be packed; allowed are 1 to 8.")
+        raise ValueError(f"Codes of {bits!r} bits cannot be packed; allowed are 1 to 16.")
     primary = _PLANES[bits][0]
     per_word, container = 32 // primary, 2 * primary
     fields = []
@@ -61,7 +66,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack integer codes ``[out, in]`` in ``[0, 2^bits)`` into int32 ``[ceil(in / 32), bits, out]``.
 
     Raises:
-        ValueError: for a width outside 1-8 or a code outside its range.
+        ValueError: for a width outside 1-16 or a code outside its range.
     """
     fields = _fields(bits)
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
@@ -77,9 +82,29 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
-    """Invert :func:`pack`: return uint8 codes ``[out, in]``, as a transposed view of memory ``[in, out]``."""
+    """Invert :func:`pack`: return codes ``[out, in]``, as a transposed view of memory ``[in, out]``.
+
+    They are uint8, or int32 where they have more than 8 bits.
+    """
     units, _, out_features = packed.shape
-    codes = torch.zeros(units, UNIT, out_features, dtype=torch.uint8, device=packed.device)
+    dtype = torch.uint8 if bits <= 8 else torch.int32
+    codes = torch.zeros(units, UNIT, out_features, dtype=dtype, device=packed.device)
     for k, word, shift, low, width in _fields(bits):
-        codes[:, k] |= (((packed[:, word] >> shift) & ((1 << width) - 1)) << low).to(torch.uint8)
+        codes[:, k] |= (((packed[:, word] >> shift) & ((1 << width) - 1)) << low).to(dtype)
     return codes.view(units * UNIT, out_features)[:in_features].T
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes ``[rows, n]`` in ``[0, 2^bits)``, bits up to 32, into int32 ``[rows, ceil(n bits / 32)]``.
+
+    Code ``i`` of a row takes the bits ``[i bits, (i + 1) bits)`` of its stream, which is cut into words, the lowest bit
+    first; a code may lie in two words. This is how other programs store codes.
+    """
+    places = torch.arange(32, dtype=torch.int64, device=codes.device)
+    parts = []
+    for part in codes.split(_ROWS):
+        stream = (part[:, :, None] >> torch.arange(bits, dtype=codes.dtype, device=codes.device)) & 1
+        stream = torch.nn.functional.pad(stream.flatten(1), (0, -part.shape[1] * bits % 32))
+        words = (stream.view(len(part), -1, 32).to(torch.int64) << places).sum(-1)
+        parts.append(torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32))
+    return torch.cat(parts)

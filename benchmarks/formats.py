@@ -29,6 +29,7 @@ FORMATS: dict[str, tuple[list[str], Sequence[int]]] = {  # overrides, and the bi
     "normal float, two scales (AFPQ)": (["format=asymmetric_float"], (2, 3, 4)),
     "floating point": (["format=float", "format.code=fp"], (3, 4)),
     "floating point, two scales (AFPQ)": (["format=asymmetric_float", "format.code=fp"], (3, 4)),
+    "vector codebooks (VPTQ)": (["format=vector", "format.group_size=-1"], (1, 2, 3, 4)),
 }
 QUANTIZERS: dict[str, list[str]] = {
     "nearest, min-max": ["hessian=identity", "quantizer=nearest", "format.clip_steps=0"],
@@ -39,6 +40,7 @@ QUANTIZERS: dict[str, list[str]] = {
 ROWS = {
     f"{format}: {quantizer}": [*FORMATS[format][0], *QUANTIZERS[quantizer]]
     for format, quantizer in product(FORMATS, QUANTIZERS)
+    if not ("min-max" in quantizer and "VPTQ" in format)  # codebooks have no range
 }
 _FIRST = next(iter(ROWS))
 
@@ -56,12 +58,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
     """Yield the runs that were asked for and that there are."""
     for bits, seed, quantizer, format in product(options.bits, options.seeds, options.quantizers, options.formats):
-        if bits in FORMATS[format][1]:
-            row = f"{format}: {quantizer}"
+        row = f"{format}: {quantizer}"
+        if bits in FORMATS[format][1] and row in ROWS:
             yield Job(
                 row=row,
                 fields={"bits": bits},
-                words=["allocator=uniform", *ROWS[row], f"allocator.bits={bits}", "format.group_size=64"],
+                words=["allocator=uniform", "format.group_size=64", *ROWS[row], f"allocator.bits={bits}"],
                 overrides=ROWS[row],
                 seed=seed,
                 baseline=row == _FIRST,
@@ -94,10 +96,11 @@ def as_markdown(record: Mapping[str, Any]) -> str:
     told = ", ".join(f"{name} {value:.2f}" for name, value in full_precision(record).items())
     parts = [
         "# Formats and quantizers",
-        f"{record['model']} in float32, every layer at the same width, groups of 64; {record['samples']} calibration "
-        f"samples of {record['length']} tokens, perplexity on {record['sequences']} sequences of {record['length']} "
-        f"tokens of each text; full precision: {told}. Rows without *min-max* search group ranges. Seconds are the "
-        "whole process but for judging, and of runs that had the machine for themselves.",
+        f"{record['model']} in float32, every layer at the same width, groups of 64 (vectors: one codebook a layer); "
+        f"{record['samples']} calibration samples of {record['length']} tokens, perplexity on {record['sequences']} "
+        f"sequences of {record['length']} tokens of each text; full precision: {told}. Rows without *min-max* "
+        "search group ranges. Seconds are the whole process but for judging, and of runs that had the machine for "
+        "themselves.",
     ]
     for bits in sorted({each["bits"] for each in record["results"]}):
         parts += [f"## {bits} bits", markdown_table(*table(record, bits))]

@@ -221,9 +221,17 @@ def test_other_inputs_and_targets_give_models_that_work(more: list[str], overrid
     assert metrics["perplexity"]["fox"] == pytest.approx(metrics["baseline_perplexity"]["fox"], rel=0.2)
 
 
-@pytest.mark.parametrize("format", ["float", "asymmetric_float", "scaled"])
+@pytest.mark.parametrize(
+    "format", ["float", "asymmetric_float", "scaled", "vector format.iterations=2 format.refits=0 format.beam=2"]
+)
 def test_every_format_is_allocated_stored_and_loaded(format: str, overrides: Callable[..., list[str]]) -> None:
-    more = [f"format={format}", "metric=output", "allocator=knapsack", "allocator.bits=[2,3,4]", "allocator.budget=3.4"]
+    more = [
+        *f"format={format}".split(),
+        "metric=output",
+        "allocator=knapsack",
+        "allocator.bits=[2,3,4]",
+        "allocator.budget=3.4",
+    ]
     run = aptq.quantize(overrides(*more))
     metrics = run.metrics()
     assert metrics["perplexity"]["fox"] == pytest.approx(metrics["baseline_perplexity"]["fox"], rel=0.2)

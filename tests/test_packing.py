@@ -9,16 +9,18 @@ from aptq import packing
 
 
 @settings(max_examples=60, deadline=None)
-@given(bits=st.integers(1, 8), out=st.integers(1, 40), width=st.integers(1, 100), seed=st.integers(0, 2**16))
+@given(bits=st.integers(1, 16), out=st.integers(1, 40), width=st.integers(1, 100), seed=st.integers(0, 2**16))
 def test_round_trip(bits: int, out: int, width: int, seed: int) -> None:
     codes = torch.randint(0, 1 << bits, (out, width), generator=torch.Generator().manual_seed(seed))
     packed = packing.pack(codes, bits)
     assert packed.dtype == torch.int32
     assert tuple(packed.shape) == packing.packed_shape(out, width, bits)
-    assert torch.equal(packing.unpack(packed, bits, width), codes.to(torch.uint8))
+    unpacked = packing.unpack(packed, bits, width)
+    assert unpacked.dtype == (torch.uint8 if bits <= 8 else torch.int32)
+    assert torch.equal(unpacked.long(), codes)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", range(1, 17))
 def test_exactly_bits_per_weight_and_every_bit_used(bits: int) -> None:
     full = packing.pack(torch.full((3, 64), (1 << bits) - 1), bits)
     assert full.numel() * 32 == 3 * 64 * bits
@@ -50,13 +52,26 @@ def test_three_bit_planes_merge_by_whole_words() -> None:
                 assert torch.equal((nibbles >> 4 * i) & 0xF, codes[:, 16 * r + 2 * i + p])
 
 
-@pytest.mark.parametrize(("bits", "codes"), [(2, [[4]]), (3, [[-1]]), (8, [[256]])])
+@pytest.mark.parametrize(("bits", "codes"), [(2, [[4]]), (3, [[-1]]), (8, [[256]]), (12, [[4096]])])
 def test_codes_out_of_range_are_refused(bits: int, codes: list[list[int]]) -> None:
     with pytest.raises(ValueError, match="Codes must lie in"):
         packing.pack(torch.tensor(codes), bits)
 
 
-@pytest.mark.parametrize("bits", [0, 9])
+@pytest.mark.parametrize("bits", [0, 17])
 def test_widths_that_do_not_exist_are_refused(bits: int) -> None:
-    with pytest.raises(ValueError, match="1 to 8"):
+    with pytest.raises(ValueError, match="1 to 16"):
         packing.pack(torch.zeros(1, 1, dtype=torch.int64), bits)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8, 12, 24, 32])
+@pytest.mark.parametrize("width", [32, 33, 100])
+def test_rows_are_streams_of_bits(bits: int, width: int) -> None:
+    codes = torch.randint(0, 1 << bits, (5, width), dtype=torch.int64)
+    codes[0] = (1 << bits) - 1  # the sign bits of words, too
+    packed = packing.pack_rows(codes, bits)
+    assert packed.dtype == torch.int32
+    assert packed.shape == (5, -(-width * bits // 32))
+    for row, words in zip(codes.tolist(), packed.tolist(), strict=True):
+        stream = sum((word % (1 << 32)) << (32 * at) for at, word in enumerate(words))
+        assert stream == sum(code << (bits * at) for at, code in enumerate(row))

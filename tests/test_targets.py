@@ -16,7 +16,7 @@ def test_native_serves_every_width_at_its_bits_and_group_sizes() -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (Option(1, 32), r"native serves 2, 3, .* bits; got bits=1"),
+        (Option(9, 32), r"native serves 1, 2, .* bits; got bits=9"),
         (Option(9, 32), "bits=9"),
         (Option(4, 48), r"multiples of 32 and -1 \(a whole row\); got group_size=48"),
         (Option(4, 0), "group_size=0"),

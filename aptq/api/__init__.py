@@ -63,6 +63,7 @@ from aptq.api.rounding import (
     Grid,
     QuantizedWeight,
     Quantizer,
+    RefitGrid,
     Rounded,
     format_of,
 )
@@ -109,6 +110,7 @@ __all__ = [
     "PlanJudge",
     "Quantizer",
     "QuantizedWeight",
+    "RefitGrid",
     "Rounded",
     "SensitivityMetric",
     "SequentialEstimator",

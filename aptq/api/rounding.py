@@ -63,6 +63,20 @@ class EntryGrid(Grid, Protocol):
 
 
 @runtime_checkable
+class RefitGrid(Grid, Protocol):
+    """A grid that learns from what error feedback made of the columns.
+
+    Quantizers that feed errors back run again on the new grid, and keep the best run by their own objective.
+    """
+
+    def refit(self, columns: Tensor) -> Grid | None:
+        """Return a grid fitted to ``columns``; None when this one is to stay, which ends the runs.
+
+        ``columns [heads, in, rows]``, in the order of this grid's columns, are what ``round`` was given in the run.
+        """
+
+
+@runtime_checkable
 class Format(Protocol):
     """What a code means. Options such as symmetry are fields; bits and group size come with the ``Option``."""
 
@@ -77,6 +91,9 @@ class Format(Protocol):
         """Fit scales, zeros or codebooks to a weight ``[heads, rows, in]``, float.
 
         ``importance [heads, in]``, where the quantizer has one, is the diagonal of the curvature.
+
+        Raises:
+            AptqError: several heads, which the format cannot code one by one.
         """
 
     def dequantize(self, quantized: QuantizedWeight, option: Option) -> Tensor:

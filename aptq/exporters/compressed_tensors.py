@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aptq import packing
 from aptq.api import AptqError, ExportJob, Format, Option, QuantizedWeight
 from aptq.exporters.folder import write_folder
 from aptq.shards import TensorInfo, parse_size
 from aptq.targets import get_target
-
-_ROWS = 1024
-"""Rows that are packed at a time: their single bits are in memory for a moment."""
 
 
 @dataclass(frozen=True)
@@ -137,23 +135,7 @@ def _tensors(job: ExportJob) -> Iterator[tuple[str, Tensor]]:
     for layer, option in job.plan.items():
         shape = job.shapes[layer]
         quantized = job.format.unpack(job.packed(layer), option, shape)
-        yield f"{layer}.weight_packed", pack_rows(quantized.codes, option.bits)
+        yield f"{layer}.weight_packed", packing.pack_rows(quantized.codes, option.bits)
         yield f"{layer}.weight_scale", quantized.parameters["scales"].T.to(_dtype(job.config)).contiguous()
         yield f"{layer}.weight_shape", torch.tensor(shape)
     yield from job.full_precision()
-
-
-def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes ``[out, in]`` in ``[0, 2^bits)`` into int32 ``[out, ceil(in bits / 32)]``.
-
-    Code ``i`` of a row takes the bits ``[i bits, (i + 1) bits)`` of its stream, which is cut into words, the lowest bit
-    first; a code may lie in two words.
-    """
-    places = torch.arange(32, dtype=torch.int64, device=codes.device)
-    parts = []
-    for part in codes.split(_ROWS):
-        stream = (part[:, :, None] >> torch.arange(bits, dtype=codes.dtype, device=codes.device)) & 1
-        stream = torch.nn.functional.pad(stream.flatten(1), (0, -part.shape[1] * bits % 32))
-        words = (stream.view(len(part), -1, 32).to(torch.int64) << places).sum(-1)
-        parts.append(torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32))
-    return torch.cat(parts)

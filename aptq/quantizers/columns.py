@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aptq.api import AptqError, Curvature, Format, Grid, Option, Rounded
+from aptq.api import AptqError, Curvature, Format, Grid, Option, QuantizedWeight, RefitGrid, Rounded
 
 _SMALL = 256  # triangular matrices up to this size are inverted by substitution
 
@@ -132,32 +132,61 @@ def round_weight(
     """Round a weight ``[out, in]`` under a format, in the order of the factors; see ``round_columns``.
 
     The grid is fitted to ``weight`` beforehand and in the natural order of columns, so that what is stored knows
-    nothing of the order. ``refine`` passes of ``refine_columns`` follow.
+    nothing of the order. A grid that learns from a run (``aptq.api.RefitGrid``) gets more of them. ``refine`` passes of
+    ``refine_columns`` follow.
     """
     by_head = weight.float().reshape(factors.order.shape[0], -1, weight.shape[-1])
-    grid = format.fit(by_head, option, factors.importance)
-    ordered = grid.permuted(factors.order)
     target = by_head.transpose(1, 2).contiguous()  # [heads, in, rows]
+    grid = format.fit(by_head, option, factors.importance)
+    best = run = _run(target, factors, grid, block_size, pull)
+    while isinstance(run.grid, RefitGrid) and (refitted := run.grid.refit(run.met)) is not None:
+        run = _run(target, factors, refitted, block_size, pull)
+        best = run if run.objective < best.objective else best
+    if not refine:
+        return Rounded(weight=best.weight, grid=best.grid)
+    values = format.dequantize(best.weight, option).reshape(by_head.shape).transpose(1, 2).contiguous()
+    damped = factors.hessian + torch.diag_embed(factors.ridge)
+    codes = refine_columns(values, target, damped, best.grid, block_size, refine)
+    return Rounded(weight=best.grid.finish(codes), grid=best.grid)
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What one run of the rounding loop came to."""
+
+    weight: QuantizedWeight
+    grid: Grid  # columns in their natural order
+    met: Tensor  # [heads, in, rows], in natural order: what was rounded
+    objective: float  # of the loop: the sum of (e_j / U_jj)^2
+
+
+def _run(target: Tensor, factors: Feedback, grid: Grid, block_size: int, pull: float) -> _Run:
+    """Round ``target [heads, in, rows]``, columns in natural order, on a grid."""
     head = torch.arange(target.shape[0], device=target.device)[:, None]
     columns = target[head, factors.order]  # a copy: the rounding loop writes to it
-    codes = round_columns(columns, factors.feedback, ordered, block_size, pull)
-    if not refine:
-        return Rounded(weight=ordered.finish(codes), grid=grid)
-    values = format.dequantize(ordered.finish(codes), option)
-    values = values.reshape(by_head.shape).transpose(1, 2).contiguous()
-    damped = factors.hessian + torch.diag_embed(factors.ridge)
-    codes = refine_columns(values, target, damped, grid, block_size, refine)
-    return Rounded(weight=grid.finish(codes), grid=grid)
+    learns = isinstance(grid, RefitGrid)
+    met = torch.empty_like(columns) if learns else columns[:0]
+    ordered = grid.permuted(factors.order)
+    codes = round_columns(columns, factors.feedback, ordered, block_size, pull, met if learns else None)
+    if not learns:
+        return _Run(ordered.finish(codes), grid, met, 0.0)
+    natural = torch.empty_like(met)
+    natural[head, factors.order] = met
+    objective = (columns / factors.diagonal[:, :, None]).square().sum(dtype=torch.float64).item()
+    return _Run(ordered.finish(codes), grid, natural, objective)
 
 
-def round_columns(columns: Tensor, feedback: Tensor, grid: Grid, block_size: int, pull: float = 0.0) -> Tensor:
-    """Round ``columns [heads, in, rows]`` (overwritten) in order with error feedback; return the codes.
+def round_columns(
+    columns: Tensor, feedback: Tensor, grid: Grid, block_size: int, pull: float = 0.0, met: Tensor | None = None
+) -> Tensor:
+    """Round ``columns [heads, in, rows]`` in order with error feedback; return the codes, and leave the errors behind.
 
     Every column after ``j`` is updated by ``w_k -= (U_jk / U_jj) e_j`` with ``e_j = w_j - q_j``: at once within a
     block, by one matrix product per block beyond it (lazy batch updates).
 
     ``pull`` in [0, 1] draws a column back to what it was at the beginning, by that share of the way: once before it is
-    rounded, and once more before its error is taken (see ``aptq.quantizers.foem``). 0 is GPTQ.
+    rounded, and once more before its error is taken (see ``aptq.quantizers.foem``). 0 is GPTQ. ``met``, where given, is
+    filled with the columns as they were when they were rounded.
     """
     in_features = columns.shape[1]
     anchors = columns.clone().unbind(1) if pull else ()
@@ -168,6 +197,8 @@ def round_columns(columns: Tensor, feedback: Tensor, grid: Grid, block_size: int
         for j, column in enumerate(block.unbind(1)):
             if pull:
                 column.lerp_(anchors[start + j], pull)
+            if met is not None:
+                met[:, start + j] = column
             code, value = grid.round(column, start + j)
             codes.append(code)
             if pull:

@@ -33,6 +33,12 @@ def expect_equal(actual: Tensor, expected: Tensor, what: str) -> None:
         )
 
 
+def expect_same_levels(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Demand equal values, but for levels that half precision hardly tells apart: rounding decides which is nearest."""
+    near = torch.isclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    expect_equal(torch.where(near, expected, actual), expected, what)
+
+
 def expect_same_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
     """Demand the same names and, of each, equal bits."""
     expect(set(actual) == set(expected), f"{what}: tensors {sorted(actual)}, expected {sorted(expected)}.")
@@ -51,6 +57,16 @@ def accepts(format: Format, option: Option, shape: Shape) -> bool:
     try:
         format.check(option, shape)
     except AptqError:
+        return False
+    return True
+
+
+def accepts_heads(format: Format, option: Option, shape: Shape, heads: int) -> bool:
+    """Ask a format whether it can code a layer of several heads, each by itself; one head it has to."""
+    try:
+        format.fit(random_weight(heads, shape, seed=0), option)
+    except AptqError:
+        expect(heads > 1, f"fit() refuses a layer that check() accepts: {option}, shape {shape}.")
         return False
     return True
 

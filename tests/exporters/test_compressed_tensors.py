@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import aptq
+from aptq import packing
 from aptq.api import AptqError, Exporter, Option
 from aptq.experiment import evaluate, export
-from aptq.exporters.compressed_tensors import CompressedTensors, pack_rows
+from aptq.exporters.compressed_tensors import CompressedTensors
 from aptq.formats.float import Float
 from aptq.formats.integer import Integer
 
@@ -19,25 +20,12 @@ SYMMETRIC = Integer(symmetric=True)
 SHAPES = {"model.layers.0.mlp.up_proj": (8, 128)}
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
-@pytest.mark.parametrize("width", [32, 33, 100])
-def test_rows_are_streams_of_bits(bits: int, width: int) -> None:
-    codes = torch.randint(0, 1 << bits, (5, width), dtype=torch.uint8)
-    codes[0] = (1 << bits) - 1  # the sign bits of words, too
-    packed = pack_rows(codes, bits)
-    assert packed.dtype == torch.int32
-    assert packed.shape == (5, -(-width * bits // 32))
-    for row, words in zip(codes.tolist(), packed.tolist(), strict=True):
-        stream = sum((word % (1 << 32)) << (32 * at) for at, word in enumerate(words))
-        assert stream == sum(code << (bits * at) for at, code in enumerate(row))
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_rows_are_packed_as_the_library_does(bits: int) -> None:
     library = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers", exc_type=ImportError)
     codes = torch.randint(0, 1 << bits, (6, 96), dtype=torch.uint8)
     signed = (codes.int() - (1 << (bits - 1))).to(torch.int8)
-    assert torch.equal(pack_rows(codes, bits), library.pack_to_int32(signed, bits))
+    assert torch.equal(packing.pack_rows(codes, bits), library.pack_to_int32(signed, bits))
 
 
 @pytest.fixture

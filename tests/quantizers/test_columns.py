@@ -1,13 +1,13 @@
 """The column loop and its factors in float64."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 from torch import Tensor
 
-from aptq.api import Curvature, Grid, QuantizedWeight
-from aptq.quantizers.columns import Damping, factorize, inverse_factor, refine_columns, round_columns
+from aptq.api import Curvature, Grid, Option, QuantizedWeight
+from aptq.quantizers.columns import Damping, factorize, inverse_factor, refine_columns, round_columns, round_weight
 
 
 def _hessian(width: int, heads: int = 1, seed: int = 0, tokens: int = 300) -> Tensor:
@@ -135,3 +135,41 @@ def test_refinement_is_coordinate_descent(block_size: int, passes: int) -> None:
         return float(torch.einsum("hir,hij,hjr->", target - candidate, hessian, target - candidate))
 
     assert objective(values) < objective(start)
+
+
+@dataclass(frozen=True)
+class _Learner(_Steps):
+    """A grid that notes what it met, and takes another step for each run."""
+
+    steps: tuple[float, ...] = ()
+    seen: list[Tensor] = field(default_factory=list)
+
+    def refit(self, columns: Tensor) -> Grid | None:
+        self.seen.append(columns)
+        if not self.steps:
+            return None
+        return _Learner(step=self.steps[0], steps=self.steps[1:], seen=self.seen)
+
+
+@pytest.mark.parametrize(("steps", "best"), [((0.1, 0.4), 0.1), ((0.8, 0.1), 0.1), ((0.8, 1.6), 0.4)])
+def test_a_grid_that_learns_gets_more_runs_and_the_best_one_is_kept(steps: tuple[float, ...], best: float) -> None:
+    weight = torch.randn(6, 20, generator=torch.Generator().manual_seed(1))
+    grid = _Learner(step=0.4, steps=steps, seen=[])
+    fits: list[Grid] = []
+
+    class _Fits:
+        def fit(self, weight: Tensor, option: Option, importance: Tensor | None = None) -> Grid:
+            fits.append(grid)
+            return grid
+
+    factors = factorize(Curvature(column=_hessian(20), tokens=1), Damping(0.01, 1.0, "mean"), act_order=True)
+    rounded = round_weight(weight, factors, _Fits(), Option(4, -1), block_size=8)  # type: ignore[arg-type]
+    assert isinstance(rounded.grid, _Learner)
+    assert rounded.grid.step == best
+    assert len(fits) == 1
+    met = grid.seen
+    assert len(met) == 1 + len(steps)
+    first = int(factors.order[0, 0])  # nothing has moved the column that is rounded first, whatever the grid
+    for columns in met:
+        assert torch.equal(columns[0, first], weight[:, first])
+        assert not torch.equal(columns[0], weight.T)

@@ -1,0 +1,139 @@
+"""The grid of format ``vector``: the codebooks and scales of one weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from aptq.api import QuantizedWeight
+from aptq.formats.codebooks import Codebook, Spec, fitted
+from aptq.formats.kmeans import KMeans
+
+SCALES = {
+    "none": (),
+    "columns": ("column_scales",),
+    "rows": ("row_scales",),
+    "both": ("column_scales", "row_scales"),
+}
+"""What is stored for each way to normalise."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class VectorGrid:
+    """Codebooks of the groups of columns (and of outliers), and scales, of one weight ``[heads, rows, in]``.
+
+    A column's ``rows`` are cut into ``V`` vectors of ``length``, the last of which may be shorter. A code is that of a
+    whole vector: where the column's codebook has shorter ones, theirs side by side.
+    """
+
+    books: tuple[Codebook, ...]
+    outliers: Tensor  # [outliers], rising: columns that have the last codebook
+    book: Tensor  # [in]: which codebook each column has, in natural order as all but ``order``
+    column_scale: Tensor  # [in]; 1 where columns are not normalised
+    row_scale: Tensor  # [heads, V]; likewise
+    normalize: str
+    importance: Tensor  # [heads, in]
+    order: Tensor  # [heads, in]: column at each position
+    rows: int
+    length: int
+    dtype: torch.dtype  # of what is stored
+    means: KMeans
+    refits: int  # how often the codebooks may still be fitted anew
+
+    def permuted(self, order: Tensor) -> VectorGrid:
+        """Return the grid with position ``j`` of head ``h`` being this grid's column ``order[h, j]``."""
+        return replace(self, order=self.order.gather(1, order))
+
+    def round(self, values: Tensor, position: int | slice) -> tuple[Tensor, Tensor]:
+        """Round columns, a code for each vector; see ``aptq.api.Grid.round``."""
+        if isinstance(position, int):
+            codes, found = self.round(values[:, None], slice(position, position + 1))
+            return codes[:, 0], found[:, 0]
+        columns = self.order[:, position]  # [heads, n]
+        scale = self.row_scale[:, None] * self.column_scale[columns][..., None]  # [heads, n, V]
+        exact = values.float()
+        if len(self.books) == 1:
+            codes, found = self._encode(exact, scale, self.books[0])
+            return codes, found.to(values.dtype)
+        codes = torch.empty(scale.shape, dtype=torch.int64, device=values.device)
+        found = torch.empty_like(exact)
+        book = self.book[columns]
+        for number in book.unique().tolist():
+            mine = book == number
+            codes[mine], found[mine] = self._encode(exact[mine], scale[mine], self.books[number])
+        return codes, found.to(values.dtype)
+
+    def _encode(self, values: Tensor, scale: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
+        """Return codes ``[..., V]`` and values ``[..., rows]`` for ``values [..., rows]`` and ``scale [..., V]``."""
+        whole = self.rows // self.length
+        parts = [(values[..., : whole * self.length].unflatten(-1, (whole, self.length)), scale[..., :whole])]
+        if self.rows % self.length:
+            parts.append((values[..., None, whole * self.length :], scale[..., whole:]))
+        codes, found = [], []
+        for vectors, by in parts:
+            code, value = book.encode((vectors / by[..., None]).flatten(0, -2))
+            codes.append(code.view(by.shape))
+            found.append((value.view(vectors.shape) * by[..., None]).flatten(-2))
+        return (codes[0], found[0]) if len(parts) == 1 else (torch.cat(codes, -1), torch.cat(found, -1))
+
+    def fitted(self, columns: Tensor, specs: Sequence[Spec], beam: int) -> VectorGrid:
+        """Return the grid with codebooks for ``columns [heads, in, rows]``, in natural order, by k-means."""
+        parts = zip(self._vectors(columns, [spec.length for spec in specs]), specs, strict=True)
+        books = [fitted(vectors, weights, spec, self.means, beam) for (vectors, weights), spec in parts]
+        return replace(self, books=tuple(book.stored(self.dtype) for book in books))
+
+    def refit(self, columns: Tensor) -> VectorGrid | None:
+        """Return the grid with codebooks fitted to columns as the quantizer met them; see ``aptq.api.RefitGrid``."""
+        if not self.refits:
+            return None
+        parts = zip(self._vectors(columns, [book.main.shape[1] for book in self.books]), self.books, strict=True)
+        books = [book.refined(vectors, weights, self.means) for (vectors, weights), book in parts]
+        return replace(self, books=tuple(book.stored(self.dtype) for book in books), refits=self.refits - 1)
+
+    def _vectors(self, columns: Tensor, lengths: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield for each codebook its vectors ``[n, length]``, scaled, and what an error in them costs ``[n]``."""
+        scale = self.row_scale[:, None] * self.column_scale[:, None]  # [heads, in, V]
+        padded = functional.pad(columns.float(), (0, -self.rows % self.length))
+        vectors = padded.unflatten(-1, (-1, self.length)) / scale[..., None]
+        weights = self.importance[..., None] * scale.square()
+        for number, length in enumerate(lengths):
+            mine = self.book == number
+            parts = self.length // length
+            yield vectors[:, mine].reshape(-1, length), weights[:, mine].flatten().repeat_interleave(parts)
+
+    def finish(self, codes: Tensor) -> QuantizedWeight:
+        """Bind codes ``[heads, in, V]`` to codebooks and scales, columns back in their natural order."""
+        heads, width, vectors = codes.shape
+        head = torch.arange(heads, device=codes.device)[:, None]
+        natural = torch.empty_like(codes)
+        natural[head, self.order] = codes
+        natural = natural.permute(0, 2, 1).reshape(heads * vectors, width)  # [vectors of the layer, in]
+        groups = self.books[: len(self.books) - bool(len(self.outliers))]
+        parameters = self._scales() | {"codebook": self._stored([book.main for book in groups])}
+        common = natural[:, self.book < len(groups)]
+        centroids = len(groups[0].main)
+        if groups[0].residual is not None:
+            parameters["residual_codebook"] = self._stored([b.residual for b in groups if b.residual is not None])
+            parameters["residual_codes"] = common // centroids
+        if len(self.outliers):
+            finer = self.books[-1]
+            parts = torch.arange(self.length // finer.main.shape[1], device=codes.device)
+            split = natural[:, None, self.outliers] >> (finer.bits * parts)[:, None] & (len(finer.main) - 1)
+            count = -(-heads * self.rows // finer.main.shape[1])
+            parameters["outlier_codebook"] = self._stored([finer.main])[0]
+            parameters["outlier_codes"] = split.flatten(0, 1)[:count]
+            parameters["outlier_columns"] = self.outliers.int()
+        return QuantizedWeight(codes=common % centroids, parameters=parameters)
+
+    def _scales(self) -> dict[str, Tensor]:
+        """Return the scales as they are stored, and the number of outputs."""
+        scales = {"column_scales": self.column_scale, "row_scales": self.row_scale.flatten()}
+        stored = {name: scales[name].to(self.dtype) for name in SCALES[self.normalize]}
+        return stored | {"out_features": torch.tensor(len(self.row_scale) * self.rows)}
+
+    def _stored(self, books: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(books)).to(self.dtype)
