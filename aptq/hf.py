@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from aptq import registry
-from aptq.api import AptqError, Format, Option
+from aptq.api import ActivationQuantizer, AptqError, Format, Option
 from aptq.backends.select import installed_backends
 from aptq.layer import PackedLinear
 
@@ -39,6 +39,7 @@ class AptqConfig(QuantizationConfigMixin):
         layers: ``{layer: {"bits": int, "group_size": int}}`` for every packed layer, by its name in the model.
         version: of the checkpoint's layout.
         provenance: how the checkpoint was made; free-form, JSON.
+        activation: name and options of what quantizes the packed layers' inputs; none by default.
         backend: what multiplies the packed layers; chosen at load, never stored.
 
     Raises:
@@ -54,6 +55,7 @@ class AptqConfig(QuantizationConfigMixin):
         *,
         version: int = _VERSION,
         provenance: Mapping[str, Any] | None = None,
+        activation: Mapping[str, Any] | None = None,
         backend: str = "auto",
         quant_method: str = _METHOD,
         **unknown: Any,
@@ -73,6 +75,7 @@ class AptqConfig(QuantizationConfigMixin):
         self.format = dict(format)
         self.layers = {name: dict(option) for name, option in layers.items()}
         self.provenance = dict(provenance or {})
+        self.activation = None if activation is None else dict(activation)
         self.backend = backend
         self.options()
 
@@ -89,15 +92,20 @@ class AptqConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_plan(
-        cls, plan: Mapping[str, Option], format_config: Mapping[str, Any], provenance: Mapping[str, Any]
+        cls,
+        plan: Mapping[str, Option],
+        format_config: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        activation_config: Mapping[str, Any] | None = None,
     ) -> AptqConfig:
         """Make the entry for a finished quantization."""
         layers = {name: {"bits": option.bits, "group_size": option.group_size} for name, option in plan.items()}
-        return cls(format_config, layers, provenance=provenance)
+        return cls(format_config, layers, provenance=provenance, activation=activation_config)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``config.json`` stores."""
-        return copy.deepcopy({name: value for name, value in vars(self).items() if name != "backend"})
+        left_out = {"backend", *(() if self.activation else ("activation",))}
+        return copy.deepcopy({name: value for name, value in vars(self).items() if name not in left_out})
 
 
 class AptqHfQuantizer(HfQuantizer):
@@ -136,9 +144,10 @@ class AptqHfQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         config = self.quantization_config
         format = registry.build("format", config.format)
+        activation = None if config.activation is None else registry.build("activation", config.activation)
         options = _resolve(model, config.options())
         for name, option in options.items():
-            _swap(model, name, option, format, config.format["name"], dtype)
+            _swap(model, name, option, format, config.format["name"], dtype, activation)
             self._packed.update(f"{name}.{tensor}" for tensor in _packed_linear(model, name).packed_names)
         _untie(model, options)
         _check_files(checkpoint_files or (), self._packed, model.base_model_prefix)
@@ -211,7 +220,13 @@ def _resolve(model: PreTrainedModel, options: Mapping[str, Option]) -> dict[str,
 
 
 def _swap(
-    model: nn.Module, name: str, option: Option, format: Format, format_name: str, dtype: torch.dtype | None
+    model: nn.Module,
+    name: str,
+    option: Option,
+    format: Format,
+    format_name: str,
+    dtype: torch.dtype | None,
+    activation: ActivationQuantizer | None,
 ) -> None:
     """Replace one layer by a packed one without memory."""
     from transformers.pytorch_utils import Conv1D  # circular at the top
@@ -234,6 +249,7 @@ def _swap(
             format_name=format_name,
             option=option,
             dtype=dtype,
+            activation=activation,
         )
     model.set_submodule(name, packed)
     parent = model.get_submodule(name.rpartition(".")[0])
