@@ -126,9 +126,9 @@ def as_markdown(record: Mapping[str, Any]) -> str:
     parts = [
         "# Weights and activations in 4 bits",
         f"{record['model']} in float32, all linear layers of the blocks; {record['samples']} calibration samples of "
-        f"{record['length']} tokens, perplexity on {record['sequences']} sequences of {record['length']} tokens of each "
-        f"text; full precision: {told}. *bits* are those of a number: code, selectors and scales, for activations as for "
-        "weights; *stored bits* are those of the file, with codebooks and padding.",
+        f"{record['length']} tokens, perplexity on {record['sequences']} sequences of {record['length']} tokens of "
+        f"each text; full precision: {told}. *bits* are those of a number, weight or input: code, selectors and "
+        "scales; *stored bits* are those of the file, with codebooks and padding.",
     ]
     for inputs, title in zip(INPUTS, ("Weights alone (W4A16)", "Weights and activations (W4A4)"), strict=True):
         header, rows = table(record, inputs)

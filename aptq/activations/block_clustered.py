@@ -47,9 +47,10 @@ class BlockClustered:
             return x.clone()
         size = -(-x.shape[-1] // self.block_size) * self.block_size if self.group_size == -1 else self.group_size
         groups = split(x, size)
-        scale = token_scale(groups.abs().amax(-1), float(TOP), self.scale_dtype)[..., None]
+        largest = groups.abs().amax(-1, keepdim=True)
+        scale = token_scale(largest.squeeze(-1), float(TOP), self.scale_dtype)[..., None]
         blocks = (groups / scale).unflatten(-1, (-1, self.block_size))
         books = Codebooks.of(frozen_entries("activations", self.num_codebooks, _LEVELS).to(blocks))
         chosen, _ = books.choose(blocks)
         entries = look_up(books.nearest.flatten(), books.places(blocks, chosen[..., None]))
-        return joined(entries.flatten(-2).mul_(scale), x)
+        return joined(entries.flatten(-2).mul_(scale * (largest != 0)), x)  # 0 need not be an entry

@@ -49,6 +49,8 @@ class BlockClustered:
     def __post_init__(self) -> None:
         check_fields(self.group_size, self.scale_dtype, self.clip_steps, self.clip_min)
         check_counts("format", self.block_size, self.num_codebooks)
+        if self.scale_dtype == "e8m0":
+            raise AptqError("format.scale_dtype=e8m0 has no 0, which a group of zeros needs here; use e4m3 or a float.")
         if self.codebooks not in _SOURCES:
             raise AptqError(f"format.codebooks={self.codebooks!r} is not known; use one of {', '.join(_SOURCES)}.")
 
@@ -85,6 +87,7 @@ class BlockClustered:
             better = error < least
             least, scale = torch.where(better, error, least), torch.where(better, tried, scale)
             chosen = torch.where(better[..., None], selectors, chosen)
+        scale = torch.where(largest > 0, scale, 0.0)  # 0 need not be an entry
         return self._grid(weight, scale, chosen, books, unit)
 
     def _shares(self) -> list[float]:

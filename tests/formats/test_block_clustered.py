@@ -16,13 +16,13 @@ from aptq.testing import check_backend, check_format, check_quantizer
 FORMATS = [
     BlockClustered(clip_steps=2),
     BlockClustered(num_codebooks=1, block_size=4, scale_dtype="float16", clip_steps=0),
-    BlockClustered(num_codebooks=4, codebooks="calibrated", scale_dtype="e8m0", clip_steps=0),
+    BlockClustered(num_codebooks=4, codebooks="calibrated", scale_dtype="bfloat16", clip_steps=0),
 ]
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: f"{format.num_codebooks}-{format.codebooks}")
 def test_keeps_the_contract(format: BlockClustered) -> None:
-    check_format(format, bits=(2, 4))
+    check_format(format, bits=(2, 4), shapes=((8, 64), (6, 40), (5, 33), (1, 1)))
 
 
 @pytest.mark.parametrize("quantizer", [GPTQ(), TwoSided()])
@@ -99,7 +99,9 @@ def test_frozen_codebooks_are_stored_with_the_layer() -> None:
 def test_options_that_cannot_be_are_refused() -> None:
     with pytest.raises(AptqError, match="bits=5"):
         BlockClustered().check(Option(5, 64), (8, 64))
-    with pytest.raises(AptqError, match=r"group_size=12 .* block_size=8"):
+    with pytest.raises(AptqError, match=r"group_size=12 .*block_size=8"):
         BlockClustered().check(Option(4, 12), (8, 64))
+    with pytest.raises(AptqError, match="e8m0 has no 0"):
+        BlockClustered(scale_dtype="e8m0")
     with pytest.raises(AptqError, match="use one of frozen, calibrated"):
         BlockClustered(codebooks="learned")

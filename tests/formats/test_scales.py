@@ -35,7 +35,7 @@ def test_the_largest_scale_is_the_largest_number_of_e4m3() -> None:
     unit = scale_unit(SCALES.max(), "e4m3")
     rounded = stored_scale(SCALES, "e4m3", unit, 4)
     assert rounded.max() == pytest.approx(float(SCALES.max()), rel=1e-6)
-    normal = SCALES > unit * 2.0**-6
+    normal = SCALES / unit > 2.0**-6
     assert float(((rounded - SCALES).abs() / SCALES)[normal].max()) <= 1 / 16 + 1e-6
     assert bool((rounded > 0).all())
 
