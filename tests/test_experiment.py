@@ -171,7 +171,7 @@ def test_another_config_does_not_take_up_a_run(overrides: Callable[..., list[str
         (["allocator=uniform", "allocator.bits=9"], "2 to 8 bits"),
         (["measure_bits=9"], "measure_bits=9: .*2 to 8 bits"),
         (["measure_bits=four"], "measure_bits cannot be 'four'"),
-        (["format.group_size=48"], "multiples of 32"),
+        (["format.group_size=40"], "multiples of 16"),
         (["target=vlm"], "native"),
         (["data.path=nowhere.txt"], "nowhere.txt"),
         (["data.sequence_length=4096"], "256"),

@@ -11,14 +11,14 @@ from aptq.activations.tokens import check_groups, joined, split, token_scale
 from aptq.api import AptqError
 from aptq.formats.levels import WIDTHS, levels
 
-_WIDTHS = {"integer": tuple(range(2, 9)), **WIDTHS}
+_WIDTHS = {"int": tuple(range(2, 9)), **WIDTHS}
 
 
 @dataclass(frozen=True)
 class BlockScaled:
     """``x = level * scale``, ``group_size`` consecutive inputs of a token sharing the scale of the largest of them.
 
-    ``code="integer"``: ``-m`` to ``m`` with ``m = 2^(bits-1) - 1``; ``fp`` and ``normal``: as of the format ``float``.
+    ``code="int"``: ``-m`` to ``m`` with ``m = 2^(bits-1) - 1``; ``fp`` and ``normal``: as of the format ``float``.
     ``fp`` in 4 bits is MXFP4 with ``scale_dtype="e8m0"`` and ``group_size=32``, NVFP4 with ``e4m3`` and 16.
 
     Sources: OCP Microscaling Formats (MX) Specification 1.0; NVIDIA, "Introducing NVFP4 for efficient and accurate
@@ -26,7 +26,7 @@ class BlockScaled:
     """
 
     bits: int = 8
-    code: str = "integer"
+    code: str = "int"
     group_size: int = -1
     scale_dtype: str = "float16"
 
@@ -47,7 +47,7 @@ class BlockScaled:
             return x.clone()
         groups = split(x, x.shape[-1] if self.group_size == -1 else self.group_size)
         largest = groups.abs().amax(-1)
-        if self.code == "integer":
+        if self.code == "int":
             top = float((1 << (self.bits - 1)) - 1)
             scale = token_scale(largest, top, self.scale_dtype)[..., None]
             return joined((groups / scale).round_().clamp_(-top, top).mul_(scale), x)

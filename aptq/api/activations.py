@@ -21,5 +21,6 @@ class ActivationQuantizer(Protocol):
     def quantize(self, x: Tensor) -> Tensor:
         """Return what stands for ``x [..., in]`` (floating) once it is quantized, in its shape and dtype.
 
-        ``x`` stays as it is. NaN and infinite inputs give some NaN or infinite output.
+        ``x`` stays as it is. A token with NaN has NaN or infinity among its outputs, and no other token has. Gradients
+        pass as through the identity (straight-through).
         """

@@ -50,7 +50,7 @@ def scale_unit(largest: Tensor, scale_dtype: str) -> Tensor:
 def rounded_scale(scale: Tensor, scale_dtype: str, unit: Tensor) -> Tensor:
     """Return a scale as it is stored, in its own dtype; one unit where it is 0, since all that it scales is 0.
 
-    ``e8m0`` takes ``2^floor(log2(3/2 scale))``. For FP4, whose largest number is 6, this is the specification's
+    NaN and infinity stay what they are, or become one the other. ``e8m0`` takes ``2^floor(log2(3/2 scale))``. For FP4, whose largest number is 6, this is the specification's
     ``2^(floor(log2(max)) - 2)``.
 
     Args:
@@ -63,9 +63,10 @@ def rounded_scale(scale: Tensor, scale_dtype: str, unit: Tensor) -> Tensor:
     elif scale_dtype == "e8m0":
         exponent = torch.frexp(scale.float() * 1.5).exponent - 1
         rounded = torch.ldexp(torch.ones_like(scale), exponent.clamp(-_BIAS, _BIAS))
+        rounded = torch.where(torch.isfinite(scale), rounded, scale)
     else:
         rounded = scale.to(SCALE_DTYPES[scale_dtype])
-    return torch.where((scale > 0) & (rounded > 0), rounded.to(scale.dtype), unit.to(scale.dtype))
+    return torch.where((scale == 0) | (rounded == 0), unit.to(scale.dtype), rounded.to(scale.dtype))
 
 
 def stored_scale(scale: Tensor, scale_dtype: str, unit: Tensor, bits: int) -> Tensor:

@@ -22,7 +22,7 @@ def test_presets_keep_the_contract(name: str) -> None:
 
 
 @pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32", "e4m3", "e8m0"])
-@pytest.mark.parametrize(("code", "bits"), [("integer", 3), ("fp", 3), ("normal", 4)])
+@pytest.mark.parametrize(("code", "bits"), [("int", 3), ("fp", 3), ("normal", 4)])
 def test_all_codes_and_scales_keep_the_contract(code: str, bits: int, scale_dtype: str) -> None:
     check_activation(BlockScaled(bits=bits, code=code, group_size=16, scale_dtype=scale_dtype))
 
@@ -63,5 +63,5 @@ def test_integers_of_eight_bits_per_token_lose_little() -> None:
 def test_options_that_cannot_be_are_refused() -> None:
     with pytest.raises(AptqError, match="code=fp have 3, 4 bits; got bits=8"):
         BlockScaled(code="fp")
-    with pytest.raises(AptqError, match="use one of integer, normal, fp"):
-        BlockScaled(code="int")
+    with pytest.raises(AptqError, match="use one of int, normal, fp"):
+        BlockScaled(code="integer")
