@@ -66,7 +66,8 @@ class Target:
 
 
 _ALL = (2, 3, 4, 5, 6, 7, 8)
-# The packed layout stores 32 weights of a row as one unit: backends may refuse units that span two groups of 16, NVFP4's.
+# The packed layout stores 32 weights of a row as one unit; one that spans two groups would need two scales. Groups of
+# 16, NVFP4's, are for backends that dequantize first.
 # vLLM (0.25 and later) and SGLang: read in their sources and documents, see docs/export.md; not run here.
 _TARGETS = (
     Target(name="native", bits=_ALL, group_multiple=16, exporter="native"),

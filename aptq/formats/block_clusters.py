@@ -114,14 +114,12 @@ class Codebooks:
             weights: broadcast to ``blocks``; all are 1 by default.
         """
         cells = self.cells(blocks)
-        least = torch.full(blocks.shape[:-1], float("inf"), dtype=blocks.dtype, device=blocks.device)
-        chosen = torch.zeros(blocks.shape[:-1], dtype=torch.uint8, device=blocks.device)
-        for number, table in enumerate(self.nearest):
+        errors = blocks.new_empty(len(self.nearest), *blocks.shape[:-1])
+        for error, table in zip(errors, self.nearest, strict=True):
             square = look_up(table, cells).sub_(blocks).square_()
-            error = square.sum(-1) if weights is None else square.mul_(weights).sum(-1)
-            chosen.masked_fill_(error < least, number)
-            least = torch.minimum(least, error)
-        return chosen, least
+            torch.sum(square if weights is None else square.mul_(weights), -1, out=error)
+        least, chosen = errors.min(0)
+        return chosen.to(torch.uint8), least
 
 
 def look_up(table: Tensor, places: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def _check_gradient(activation: ActivationQuantizer, x: Tensor, case: str) -> No
     given = x.clone().requires_grad_()
     direction = torch.linspace(-1.0, 1.0, x.shape[-1])
     with torch.enable_grad():
-        (activation.quantize(given) * direction).sum().backward()  # type: ignore[no-untyped-call]
+        (activation.quantize(given) * direction).sum().backward()
     expect(given.grad is not None, f"{case}: no gradient comes through quantize().")
     assert given.grad is not None
     expect_equal(given.grad, direction.expand_as(x), f"{case}: the gradient through quantize()")
