@@ -19,8 +19,11 @@ def check_groups(group_size: int, scale_dtype: str) -> None:
 
 
 def split(x: Tensor, size: int) -> Tensor:
-    """View ``[..., in]`` as ``[..., groups, size]`` in float32, zeros at the end where the last group is shorter."""
-    groups: Tensor = pad(x.float(), (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+    """View ``[..., in]`` as ``[..., groups, size]`` in float32, zeros at the end where the last group is shorter.
+
+    No gradient goes through: ``joined`` sees to that.
+    """
+    groups: Tensor = pad(x.detach().float(), (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
     return groups
 
 
