@@ -26,7 +26,8 @@ from aptq.activations.block_scaled import BlockScaled
 from aptq.activations.tokens import split, token_scale
 from aptq.calibration.walk import Walk
 from aptq.data import calibration_samples
-from aptq.formats.block_clusters import COUNTS, TOP, Codebooks, design
+from aptq.formats.block_clusters import COUNTS, TOP, Codebooks
+from aptq.formats.block_design import design
 from aptq.models import open_model
 from aptq.settings import DataSettings, ModelSettings
 

@@ -11,7 +11,8 @@ from torch.nn.functional import pad
 
 from aptq import packing
 from aptq.api import AptqError, Option, QuantizedWeight
-from aptq.formats.block_clusters import TOP, Codebooks, check_counts, design, frozen_entries, selector_bits
+from aptq.formats.block_clusters import TOP, Codebooks, check_counts, frozen_entries, selector_bits
+from aptq.formats.block_design import design
 from aptq.formats.grouped import GroupedGrid, check_fields, check_group
 from aptq.formats.scales import pack_scales, read_scales, scale_layout, scale_unit, stored_scale
 
