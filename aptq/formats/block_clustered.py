@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from aptq import packing
 from aptq.api import AptqError, Option, QuantizedWeight
-from aptq.formats.block_clusters import TOP, Codebooks, check_counts, frozen_entries, selector_bits
+from aptq.formats.block_clusters import TOP, Codebooks, check_counts, frozen_entries, look_up, selector_bits
 from aptq.formats.block_design import design
 from aptq.formats.grouped import GroupedGrid, check_fields, check_group
 from aptq.formats.scales import pack_scales, read_scales, scale_layout, scale_unit, stored_scale
@@ -123,7 +123,7 @@ class BlockClustered:
             codes = codes + selectors * entries.shape[1]
         scales = read_scales(quantized.parameters, self.scale_dtype)
         size = width if option.group_size == -1 else option.group_size
-        return entries.flatten()[codes].mul_(scales.repeat_interleave(size, 0)[:width]).T
+        return look_up(entries.flatten(), codes).mul_(scales.repeat_interleave(size, 0)[:width]).T
 
     def pack(self, quantized: QuantizedWeight, option: Option) -> dict[str, Tensor]:
         """Return ``qweight`` (planar32), the scales, ``selectors`` and ``codebooks``, 6 bits an entry.
@@ -170,7 +170,7 @@ def _calibrated(arrays: Tensor, scale: Tensor, weights: Tensor | None, start: Co
     counts = scale.square()[..., None, None] * (torch.ones_like(arrays[:1, :1, :1]) if weights is None else weights)
     counts = counts.expand_as(arrays).reshape(-1, size)
     step = max(1, len(blocks) // _SAMPLE)
-    # A stride that shares no factor with the blocks of a row would be better still; odd is enough to visit all places.
+    # Evenly spaced by an odd step: rows of an even number of blocks would else be seen at the same places.
     chosen = torch.arange(0, len(blocks), step | 1, device=blocks.device)
     found = design(
         blocks[chosen],
