@@ -68,8 +68,9 @@ class AptqConfig(QuantizationConfigMixin):
             )
         if unknown:
             raise AptqError(f"quantization_config has keys that aptq does not know: {', '.join(sorted(unknown))}.")
-        if not isinstance(format, Mapping) or not isinstance(format.get("name"), str):
-            raise AptqError(f"quantization_config.format must be a mapping with a name; got {format!r}.")
+        for key, section in {"format": format, **({} if activation is None else {"activation": activation})}.items():
+            if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
+                raise AptqError(f"quantization_config.{key} must be a mapping with a name; got {section!r}.")
         self.quant_method = quant_method
         self.version = version
         self.format = dict(format)
