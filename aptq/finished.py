@@ -100,6 +100,7 @@ def job_of(run: Run) -> ExportJob:
         else None,
         tokenizer=AutoTokenizer.from_pretrained(folder),
         provenance=quantization.get("provenance", {}),
+        activation_config=quantization.get("activation"),
     )
 
 

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from aptq import registry
-from aptq.api import AptqError, Format, Option, format_of
+from aptq.api import ActivationQuantizer, AptqError, Format, Option, format_of
 from aptq.backends.select import installed_backends
 from aptq.layer import PackedLinear
 
@@ -40,6 +40,7 @@ class AptqConfig(QuantizationConfigMixin):
             "format" where ``format`` is several (``aptq.api.FormatSet``).
         version: of the checkpoint's layout.
         provenance: how the checkpoint was made; free-form, JSON.
+        activation: name and options of what quantizes the packed layers' inputs; none by default.
         backend: what multiplies the packed layers; chosen at load, never stored.
 
     Raises:
@@ -55,6 +56,7 @@ class AptqConfig(QuantizationConfigMixin):
         *,
         version: int = _VERSION,
         provenance: Mapping[str, Any] | None = None,
+        activation: Mapping[str, Any] | None = None,
         backend: str = "auto",
         quant_method: str = _METHOD,
         **unknown: Any,
@@ -67,13 +69,15 @@ class AptqConfig(QuantizationConfigMixin):
             )
         if unknown:
             raise AptqError(f"quantization_config has keys that aptq does not know: {', '.join(sorted(unknown))}.")
-        if not isinstance(format, Mapping) or not isinstance(format.get("name"), str):
-            raise AptqError(f"quantization_config.format must be a mapping with a name; got {format!r}.")
+        for key, section in {"format": format, **({} if activation is None else {"activation": activation})}.items():
+            if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
+                raise AptqError(f"quantization_config.{key} must be a mapping with a name; got {section!r}.")
         self.quant_method = quant_method
         self.version = version
         self.format = dict(format)
         self.layers = {name: dict(option) for name, option in layers.items()}
         self.provenance = dict(provenance or {})
+        self.activation = None if activation is None else dict(activation)
         self.backend = backend
         self.options()
 
@@ -92,7 +96,11 @@ class AptqConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_plan(
-        cls, plan: Mapping[str, Option], format_config: Mapping[str, Any], provenance: Mapping[str, Any]
+        cls,
+        plan: Mapping[str, Option],
+        format_config: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        activation_config: Mapping[str, Any] | None = None,
     ) -> AptqConfig:
         """Make the entry for a finished quantization."""
         only = ("", format_config["name"])
@@ -103,11 +111,12 @@ class AptqConfig(QuantizationConfigMixin):
             }
             for name, option in plan.items()
         }
-        return cls(format_config, layers, provenance=provenance)
+        return cls(format_config, layers, provenance=provenance, activation=activation_config)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``config.json`` stores."""
-        return copy.deepcopy({name: value for name, value in vars(self).items() if name != "backend"})
+        left_out = {"backend", *(() if self.activation else ("activation",))}
+        return copy.deepcopy({name: value for name, value in vars(self).items() if name not in left_out})
 
 
 class AptqHfQuantizer(HfQuantizer):
@@ -146,9 +155,10 @@ class AptqHfQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         config = self.quantization_config
         format = registry.build("format", config.format)
+        activation = None if config.activation is None else registry.build("activation", config.activation)
         options = _resolve(model, config.options())
         for name, option in options.items():
-            _swap(model, name, option, format_of(format, option), dtype)
+            _swap(model, name, option, format_of(format, option), dtype, activation)
             self._packed.update(f"{name}.{tensor}" for tensor in _packed_linear(model, name).packed_names)
         _untie(model, options)
         _check_files(checkpoint_files or (), self._packed, model.base_model_prefix)
@@ -220,7 +230,14 @@ def _resolve(model: PreTrainedModel, options: Mapping[str, Option]) -> dict[str,
     return dict(options)
 
 
-def _swap(model: nn.Module, name: str, option: Option, format: Format, dtype: torch.dtype | None) -> None:
+def _swap(
+    model: nn.Module,
+    name: str,
+    option: Option,
+    format: Format,
+    dtype: torch.dtype | None,
+    activation: ActivationQuantizer | None,
+) -> None:
     """Replace one layer by a packed one without memory."""
     from transformers.pytorch_utils import Conv1D  # circular at the top
 
@@ -242,6 +259,7 @@ def _swap(model: nn.Module, name: str, option: Option, format: Format, dtype: to
             format_name=option.format,
             option=option,
             dtype=dtype,
+            activation=activation,
         )
     model.set_submodule(name, packed)
     parent = model.get_submodule(name.rpartition(".")[0])

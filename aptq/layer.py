@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aptq.api import AptqError, Backend, Format, LayerSpec, Option
+from aptq.api import ActivationQuantizer, AptqError, Backend, Format, LayerSpec, Option
 from aptq.backends.select import choose_backend
 
 _PREPACKED = "prepacked_"
@@ -31,9 +31,11 @@ class PackedLinear(nn.Module):
         format_name: the format's name in the registry; backends decide by it.
         option: bits and group size of this layer.
         dtype: of the activations; default: torch's default dtype.
+        activation: what quantizes the inputs; default: nothing.
 
     Raises:
-        AptqError: when the format cannot store a layer of this shape at this option.
+        AptqError: when the format cannot store a layer of this shape at this option, or inputs of this width cannot be
+            quantized so.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class PackedLinear(nn.Module):
         format_name: str,
         option: Option,
         dtype: torch.dtype | None = None,
+        activation: ActivationQuantizer | None = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -54,7 +57,10 @@ class PackedLinear(nn.Module):
         self.format_name = format_name
         self.option = option
         self.dtype = dtype or torch.get_default_dtype()
+        self.activation = activation
         format.check(option, (out_features, in_features))
+        if activation is not None:
+            activation.check(in_features)
         layout = format.packed_layout(option, (out_features, in_features))
         for name, (shape, stored) in layout.items():
             self.register_buffer(name, torch.zeros(shape, dtype=stored))
@@ -116,7 +122,7 @@ class PackedLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.option.bits}, group_size={self.option.group_size}, format={self.format_name}, "
-            f"backend={backend}"
+            f"{'' if self.activation is None else f'activation={self.activation}, '}backend={backend}"
         )
 
     def _make_spec(self) -> LayerSpec:
@@ -128,6 +134,7 @@ class PackedLinear(nn.Module):
             option=self.option,
             dtype=self.dtype,
             device=self.get_buffer(self.packed_names[0]).device,
+            activation=self.activation,
         )
 
     def _clear_prepacked(self) -> None:
@@ -160,9 +167,14 @@ def dense_weights(model: nn.Module) -> Iterator[None]:
     """
     layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
     for layer in layers:
-        layer.forward = partial(functional.linear, weight=layer.dense().to(layer.dtype), bias=layer.bias)  # type: ignore[method-assign]
+        weight = layer.dense().to(layer.dtype)
+        layer.forward = partial(_multiply, weight=weight, bias=layer.bias, activation=layer.activation)  # type: ignore[method-assign]
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward  # the class's own method shows again
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, activation: ActivationQuantizer | None) -> Tensor:
+    return functional.linear(x if activation is None else activation.quantize(x), weight, bias)

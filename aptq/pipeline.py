@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aptq.api import (
+    ActivationQuantizer,
     Allocator,
     Callback,
     Evaluator,
@@ -72,6 +73,7 @@ class Experiment:
     fabric: Fabric
     callbacks: Callbacks
     config: Mapping[str, Any]  # the resolved config, as it is recorded
+    activation: ActivationQuantizer | None = None  # what quantizes the layers' inputs
     plan_path: Path | None = None
     audit: int = 0  # plans to hold the metric's predictions against
     measure_bits: int | None = None  # of the blocks that pass 1 leaves behind it; None: full precision
@@ -210,6 +212,7 @@ def _quantize(experiment: Experiment, walk: Walk, run: Run, stages: Stages, plan
         costs=plan.layer_costs,
         true_sequential=experiment.true_sequential,
         prefix=experiment.prefix,
+        activation=experiment.activation,
     )
     with stages(QUANTIZE, blocks, "block"):
         reports = quantize(walk, recipe, run, experiment.callbacks)
@@ -222,7 +225,8 @@ def _quantize(experiment: Experiment, walk: Walk, run: Run, stages: Stages, plan
 def _export(experiment: Experiment, walk: Walk, run: Run, recipe: Recipe) -> None:
     """Write the model under a temporary name, see that it loads and agrees, then give it its name."""
     # Behind full-precision blocks the walk ends on the original model: the quantized one has to be run for the check.
-    quantized = recipe.prefix == "quantized"
+    # So it has where inputs are quantized: another order of sums would be enough for another code here and there.
+    quantized = recipe.prefix == "quantized" and recipe.activation is None
     expected = walk.logits(CHECKED) if quantized else stored_logits(walk.beginning(1, CHECKED), recipe, run)
     job = ExportJob(
         plan=recipe.plan,
@@ -235,6 +239,7 @@ def _export(experiment: Experiment, walk: Walk, run: Run, recipe: Recipe) -> Non
         generation_config=walk.source.generation_config,
         tokenizer=walk.source.tokenizer,
         provenance={"versions": versions(), "model": experiment.model.path, "seed": experiment.data.seed},
+        activation_config=experiment.config.get("activation") or None,
     )
     (_, native), *others = experiment.exporters.items()
     for name, exporter in others:  # first, so that a run with its model has all

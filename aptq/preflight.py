@@ -6,7 +6,19 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from aptq.api import AptqError, DivergenceMetric, DriftEstimator, GroupedAllocator, LossMetric, Option, TimedAllocator
+from aptq import registry
+from aptq.api import (
+    ActivationBackend,
+    ActivationExporter,
+    AptqError,
+    DivergenceMetric,
+    DriftEstimator,
+    Exporter,
+    GroupedAllocator,
+    LossMetric,
+    Option,
+    TimedAllocator,
+)
 from aptq.calibration.quantize import PREFIXES
 from aptq.calibration.rounding import needs_drift
 from aptq.data import check_data, check_length
@@ -35,6 +47,9 @@ def check_model(
                 experiment.format.check(experiment.measure_option, shape)
         except AptqError as error:
             raise AptqError(f"measure_bits={experiment.measure_bits}: {error}") from error
+    if experiment.activation is not None:
+        for width in {in_features for _, in_features in shapes.values()}:
+            experiment.activation.check(width)
     experiment.target.check(options, shapes)
     for exporter in experiment.exporters.values():
         exporter.check(experiment.format, experiment.format_name, options, shapes=shapes, config=source.config)
@@ -57,6 +72,8 @@ def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
         raise AptqError(f"prefix={experiment.prefix!r} is not known; use one of {', '.join(PREFIXES)}.")
     if needs_drift(experiment.quantizer):
         _check_drift(experiment)
+    if experiment.activation is not None:
+        _check_activations(experiment)
     predicts = experiment.plan_path is None and experiment.allocator.needs_costs
     if (
         predicts
@@ -134,6 +151,32 @@ def _check_times(experiment: Experiment) -> None:
         raise AptqError(
             "allocator.count=time goes by measured times of layers: run aptq -cn benchmark benchmark.model=PATH with "
             "the bits and group sizes in question, and give its table as decode_times=.../benchmark.json."
+        )
+
+
+def _check_activations(experiment: Experiment) -> None:
+    """Raise ``AptqError`` where something could not go by quantized inputs."""
+    asked = f"activation={experiment.config['activation']['name']}"
+    if needs_drift(experiment.quantizer):
+        raise AptqError(
+            f"{_asked_for_drift(experiment)}, and with {asked} both would be quantized; use another quantizer."
+        )
+    for name, exporter in experiment.exporters.items():
+        check_stores_activations(exporter, name)
+    if experiment.backend != "auto":
+        backend = registry.build("backend", {"name": experiment.backend})
+        if not (isinstance(backend, ActivationBackend) and backend.quantizes_activations):
+            raise AptqError(
+                f"backend={experiment.backend} cannot quantize a layer's inputs, as {asked} asks; use backend=auto."
+            )
+
+
+def check_stores_activations(exporter: Exporter, name: str) -> None:
+    """Raise ``AptqError`` when an exporter cannot say that inputs are quantized: its readers would not do it."""
+    if not (isinstance(exporter, ActivationExporter) and exporter.stores_activations):
+        raise AptqError(
+            f"exporter={name} cannot store how a layer's inputs are quantized, so its readers would not quantize them; "
+            "use exporter=native, or activation=none."
         )
 
 

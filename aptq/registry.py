@@ -25,6 +25,7 @@ CONTRACTS: Mapping[str, type] = {
     "allocator": api.Allocator,
     "format": api.Format,
     "quantizer": api.Quantizer,
+    "activation": api.ActivationQuantizer,
     "backend": api.Backend,
     "exporter": api.Exporter,
     "evaluator": api.Evaluator,

@@ -25,6 +25,8 @@ ALSO = {
     # Writing model folders is the exporters' work, and aptq.hf says what transformers reads of the native one.
     # Which module is the attention, and which layers are in it, is read from the model in one place.
     "aptq.hessians": {"aptq.models.structure"},
+    # Inputs are rounded by the functions on tensors that weights are rounded by.
+    "aptq.activations": {"aptq.formats.block_clusters", "aptq.formats.levels", "aptq.formats.scales"},
     "aptq.exporters": {"aptq.files", "aptq.hf", "aptq.shards", "aptq.targets"},
 }
 CHOOSERS = {"aptq.backends.select"}

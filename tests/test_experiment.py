@@ -177,7 +177,7 @@ def test_another_config_does_not_take_up_a_run(overrides: Callable[..., list[str
         (["allocator=uniform", "allocator.bits=9"], "2 to 8 bits"),
         (["measure_bits=9"], "measure_bits=9: .*2 to 8 bits"),
         (["measure_bits=four"], "measure_bits cannot be 'four'"),
-        (["format.group_size=48"], "multiples of 32"),
+        (["format.group_size=40"], "multiples of 16"),
         (["target=vlm"], "native"),
         (["data.path=nowhere.txt"], "nowhere.txt"),
         (["data.sequence_length=4096"], "256"),
@@ -196,6 +196,13 @@ def test_another_config_does_not_take_up_a_run(overrides: Callable[..., list[str
         (["decode_times=nowhere.json"], "nowhere.json"),
         (["format=mixed"], "allocator=ratio chooses bits only"),
         (["format=mixed", "allocator=knapsack"], "allocator.count=storage"),
+        (["activation=mxfp5"], "mxfp4"),
+        (["activation=mxfp4", "quantizer=gptaq"], "with activation=block_scaled both would be quantized"),
+        (
+            ["activation=int8", "exporter=compressed_tensors", "format.symmetric=true", "format.scale_dtype=float32"],
+            "exporter=compressed_tensors cannot store how a layer's inputs are quantized.*exporter=native",
+        ),
+        (["format=block_clustered", "format.block_size=12"], "no whole number of blocks"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_leaves_no_run(
@@ -260,6 +267,34 @@ def test_several_formats_make_one_plan(overrides: Callable[..., list[str]]) -> N
     assert files[0].read_bytes() == files[1].read_bytes()
     with pytest.raises(AptqError, match="is for format asymmetric_float, the config says integer; .* format=mixed"):
         aptq.quantize(overrides("evaluator=none", given, folder="other"))
+
+
+def test_weights_and_activations_in_four_bits(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Pass 2, the check of what was written, the checkpoint's config, a reload, and another export."""
+    from aptq.experiment import evaluate, export
+
+    words = ["format=block_clustered", "allocator=uniform", "allocator.bits=4", "model.quantize_head=true"]
+    run = aptq.quantize(overrides(*words, "activation=block_clustered", "activation.group_size=32", family="gpt2"))
+    metrics = run.metrics()
+    assert metrics["perplexity"]["fox"] == pytest.approx(metrics["baseline_perplexity"]["fox"], rel=0.25)
+    stored = json.loads((run.folder / "model" / "config.json").read_text())["quantization_config"]
+    assert stored["activation"]["name"] == "block_clustered"
+    assert stored["activation"]["group_size"] == 32
+    data = [each for each in overrides() if each.startswith(("data", "evaluator", "fabric", "callback"))]
+    found = evaluate([f"model.path={run.folder / 'model'}", *data])
+    assert found["perplexity"]["fox"] == pytest.approx(metrics["perplexity"]["fox"], rel=1e-6)
+    export([f"run={run.folder}", f"output={tmp_path / 'again'}"])
+    again = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert again["activation"] == stored["activation"]
+    with pytest.raises(AptqError, match="exporter=compressed_tensors cannot store how"):
+        export([f"run={run.folder}", f"output={tmp_path / 'other'}", "exporter=compressed_tensors"])
+    model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False).shape == (1, 5)
+
+
+def test_without_quantized_inputs_the_checkpoint_says_nothing_of_them(overrides: Callable[..., list[str]]) -> None:
+    run = aptq.quantize(overrides("evaluator=none"))
+    assert "activation" not in json.loads((run.folder / "model" / "config.json").read_text())["quantization_config"]
 
 
 def test_a_budget_sweep_measures_once(overrides: Callable[..., list[str]]) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel, LlamaP
 from transformers.pytorch_utils import Conv1D
 
 import aptq.hf
+from aptq.activations.block_scaled import BlockScaled
 from aptq.api import AptqError, Curvature, ExportJob, Option
 from aptq.exporters.native import Native
 from aptq.formats.integer import Integer
@@ -260,6 +261,18 @@ def test_a_loaded_model_can_be_copied_and_cast(exported: Callable[..., Exported]
             assert torch.equal(after[name], tensor)
 
 
+def test_what_quantizes_inputs_is_part_of_the_checkpoint(exported: Callable[..., Exported], tmp_path: Path) -> None:
+    entry = {"name": "block_scaled", "bits": 3, "code": "int", "group_size": 16, "scale_dtype": "float32"}
+    model = aptq.hf.load(changed(exported().folder, tmp_path / "changed", activation=entry))
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert all(layer.activation == BlockScaled(bits=3, group_size=16, scale_dtype="float32") for layer in layers)
+    assert not torch.allclose(logits(model), exported().logits, atol=1e-2)
+    model.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert again["activation"] == entry
+    torch.testing.assert_close(logits(aptq.hf.load(tmp_path / "again")), logits(model))
+
+
 # ---------------------------------------------------------------------------------------------------- errors
 
 
@@ -278,6 +291,8 @@ def changed(source: Path, folder: Path, **changes: Any) -> Path:
         ({"format": {"name": "trellis"}}, r"Unknown format 'trellis'.*integer"),
         ({"format": {"name": "integer", "colour": 3}}, "colour"),
         ({"format": "integer"}, "mapping with a name"),
+        ({"activation": "int8"}, "activation must be a mapping with a name"),
+        ({"activation": {"name": "int9"}}, r"Unknown activation 'int9'.*block_scaled"),
         ({"version": 2}, "version 2; this aptq reads versions 1 to 1. Upgrade"),
         ({"novelty": 1}, "novelty"),
         ({"layers": {"model.layers.0.mlp.up_proj": {"bits": 4}}}, "must be {'bits': int, 'group_size': int}"),

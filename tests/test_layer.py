@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from aptq.activations.block_scaled import BlockScaled
 from aptq.api import AptqError, Curvature, LayerSpec, Option
 from aptq.backends.reference import Reference
 from aptq.formats.integer import Integer
@@ -38,14 +39,21 @@ INSTALLED = {"reference": Reference(), "doubling": Doubling()}
 
 
 def make(
-    option: Option, shape: tuple[int, int] = (48, 80), *, bias: bool = True, backend: str = "reference"
+    option: Option,
+    shape: tuple[int, int] = (48, 80),
+    *,
+    bias: bool = True,
+    backend: str = "reference",
+    activation: BlockScaled | None = None,
 ) -> tuple[PackedLinear, Tensor]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator)
     nearest = Nearest()
     factors = nearest.prepare(Curvature(column=torch.eye(shape[1])[None], tokens=1))
     quantized = nearest.quantize(weight, factors, FORMAT, option).weight
-    layer = PackedLinear(shape[1], shape[0], bias=bias, format=FORMAT, format_name="integer", option=option)
+    layer = PackedLinear(
+        shape[1], shape[0], bias=bias, format=FORMAT, format_name="integer", option=option, activation=activation
+    )
     state = dict(FORMAT.pack(quantized, option))
     if bias:
         state["bias"] = torch.randn(shape[0], generator=generator)
@@ -157,3 +165,28 @@ def test_dense_weights_give_the_same_and_go_again() -> None:
         assert "forward" in vars(layer)
         assert torch.allclose(layer(x), expected, atol=1e-5)
     assert "forward" not in vars(layer)
+
+
+def test_inputs_are_quantized_where_that_is_asked_for() -> None:
+    activation = BlockScaled(bits=3, group_size=16)
+    layer, dense = make(Option(4, 64), activation=activation)
+    x = torch.randn(2, 3, 80, requires_grad=True)
+    expected = nn.functional.linear(activation.quantize(x), dense, layer.bias)
+    assert not torch.allclose(layer(x), nn.functional.linear(x, dense, layer.bias), atol=1e-2)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    with dense_weights(nn.Sequential(layer)):
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, dense.sum(0).expand(2, 3, -1), rtol=1e-5, atol=1e-5)
+    assert "activation=BlockScaled(bits=3" in repr(layer)
+
+
+def test_a_backend_that_knows_nothing_of_quantized_inputs_is_never_given_them() -> None:
+    activation = BlockScaled()
+    layer, _ = make(Option(4, 64), backend="auto", activation=activation)
+    assert "backend=Reference" in repr(layer)
+    with pytest.raises(
+        AptqError, match=r"doubling cannot run .*inputs quantized by .*cannot quantize a layer's inputs"
+    ):
+        layer.select_backend("doubling", INSTALLED)

@@ -9,7 +9,7 @@ SHAPES = {"a": (64, 100), "b": (32, 64)}
 
 
 def test_native_serves_every_width_at_its_bits_and_group_sizes() -> None:
-    options = [Option(bits, size) for bits in range(2, 9) for size in (-1, 32, 64, 96, 128)]
+    options = [Option(bits, size) for bits in range(2, 9) for size in (-1, 16, 32, 64, 96, 128)]
     get_target("native").check(options, SHAPES)
 
 
@@ -18,7 +18,7 @@ def test_native_serves_every_width_at_its_bits_and_group_sizes() -> None:
     [
         (Option(9, 32), r"native serves 1, 2, .* bits; got bits=9"),
         (Option(9, 32), "bits=9"),
-        (Option(4, 48), r"multiples of 32 and -1 \(a whole row\); got group_size=48"),
+        (Option(4, 40), r"multiples of 16 and -1 \(a whole row\); got group_size=40"),
         (Option(4, 0), "group_size=0"),
         (Option(4, -32), "group_size=-32"),
     ],

@@ -12,6 +12,9 @@ the layer objective ``sum ||dW x||^2 / tokens`` it is ``2/tokens * sum x x^T``. 
 across layers; costs of different estimators are not.
 """
 
+from aptq.api.activations import (
+    ActivationQuantizer,
+)
 from aptq.api.allocation import (
     Allocation,
     Allocator,
@@ -37,6 +40,7 @@ from aptq.api.curvature import (
     SequentialEstimator,
 )
 from aptq.api.execution import (
+    ActivationBackend,
     Backend,
     LayerSpec,
 )
@@ -47,6 +51,7 @@ from aptq.api.model import (
     Option,
 )
 from aptq.api.results import (
+    ActivationExporter,
     Callback,
     EvaluationText,
     Evaluator,
@@ -72,6 +77,9 @@ from aptq.errors import (
 )
 
 __all__ = [
+    "ActivationBackend",
+    "ActivationExporter",
+    "ActivationQuantizer",
     "Allocation",
     "Allocator",
     "AptqError",

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from aptq.api.activations import ActivationQuantizer
 from aptq.api.model import Option
 from aptq.api.rounding import Format
 
@@ -24,6 +25,7 @@ class LayerSpec:
     option: Option
     dtype: torch.dtype  # of the activations
     device: torch.device
+    activation: ActivationQuantizer | None = None  # what quantizes the inputs, if anything does
 
 
 @runtime_checkable
@@ -42,3 +44,15 @@ class Backend(Protocol):
 
     def matmul(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
         """Return ``x @ W^T`` for ``x [..., in]``, as ``[..., out]`` in the dtype of ``x``."""
+
+
+@runtime_checkable
+class ActivationBackend(Backend, Protocol):
+    """A backend that may quantize the inputs: ``matmul`` then gives ``spec.activation.quantize(x) @ W^T``.
+
+    One that does not say so is never given a layer with quantized inputs.
+    """
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether it does; what it cannot, ``refuses`` still refuses."""

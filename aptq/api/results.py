@@ -33,6 +33,7 @@ class ExportJob:
     generation_config: Any | None
     tokenizer: PreTrainedTokenizerBase | None
     provenance: Mapping[str, Any]
+    activation_config: Mapping[str, Any] | None = None  # of what quantizes the layers' inputs, as in the config
 
 
 @runtime_checkable
@@ -55,6 +56,18 @@ class Exporter(Protocol):
 
     def export(self, job: ExportJob, folder: Path) -> None:
         """Write a model folder. The caller gives a temporary folder and renames it when this returns."""
+
+
+@runtime_checkable
+class ActivationExporter(Exporter, Protocol):
+    """An exporter that may write down how a layer's inputs are quantized, for the reader to do it.
+
+    One that does not say so is not given such a model.
+    """
+
+    @property
+    def stores_activations(self) -> bool:
+        """Whether it does."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -13,7 +13,7 @@ from aptq.api import LayerSpec
 
 @dataclass(frozen=True)
 class Reference:
-    """Dequantize in float32, cast to the dtype of the activations, multiply: any format, device and dtype.
+    """Dequantize in float32, cast to the dtype of the activations, multiply: any format, inputs, device and dtype.
 
     Every call makes the dense weight anew, so it saves memory at rest and costs time.
     """
@@ -22,6 +22,11 @@ class Reference:
     def priority(self) -> int:
         """The last resort."""
         return 0
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Yes."""
+        return True
 
     def refuses(self, spec: LayerSpec) -> str | None:
         """Refuse nothing."""
@@ -34,6 +39,7 @@ class Reference:
         return dict(tensors)
 
     def matmul(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
-        """Return ``x @ W^T`` for ``x [..., in]``, as ``[..., out]`` in the dtype of ``x``."""
+        """Return ``x @ W^T`` for ``x [..., in]``, quantized first if the spec says so, in the dtype of ``x``."""
+        x = x if spec.activation is None else spec.activation.quantize(x)
         quantized = spec.format.unpack(tensors, spec.option, (spec.out_features, spec.in_features))
         return functional.linear(x, spec.format.dequantize(quantized, spec.option).to(x.dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from aptq import registry
-from aptq.api import AptqError, Backend, LayerSpec
+from aptq.api import ActivationBackend, AptqError, Backend, LayerSpec
 
 
 def installed_backends() -> tuple[dict[str, Backend], dict[str, str]]:
@@ -40,7 +40,7 @@ def choose_backend(
         installed = {**installed, name: registry.build("backend", {"name": name})}
     ranked = sorted(installed.items(), key=lambda item: (-item[1].priority, item[0]))
     for candidate, backend in ranked:
-        reason = backend.refuses(spec)
+        reason = _ignores_activations(backend, spec) or backend.refuses(spec)
         if reason is not None:
             refusals[candidate] = reason
         elif name in ("auto", candidate):
@@ -48,11 +48,18 @@ def choose_backend(
     raise AptqError(_message(spec, name, refusals))
 
 
+def _ignores_activations(backend: Backend, spec: LayerSpec) -> str | None:
+    """Return the refusal of a backend that would take inputs as they are where they have to be quantized."""
+    takes = isinstance(backend, ActivationBackend) and backend.quantizes_activations
+    return None if spec.activation is None or takes else "cannot quantize a layer's inputs"
+
+
 def _message(spec: LayerSpec, name: str, refusals: Mapping[str, str]) -> str:
     """Say what was asked, and every refusal."""
     layer = (
         f"a layer [{spec.out_features}, {spec.in_features}] of format {spec.format_name}, {spec.option.bits} bits, "
         f"group size {spec.option.group_size}, {spec.dtype} on {spec.device}"
+        f"{'' if spec.activation is None else f', inputs quantized by {spec.activation}'}"
     )
     others = "; ".join(f"{other}: {why}" for other, why in refusals.items() if other != name)
     if name == "auto":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from aptq.api import (
+    ActivationQuantizer,
     Block,
     Callback,
     Curvature,
@@ -24,6 +26,7 @@ from aptq.api import (
     Quantizer,
     SequentialEstimator,
 )
+from aptq.calibration.activations import quantized_inputs
 from aptq.calibration.observe import Observed, observe, observe_head, observe_in_turn
 from aptq.calibration.rounding import Preparations, needs_drift, round_layer, set_from_packed, share_layer
 from aptq.calibration.walk import Step, Walk
@@ -53,6 +56,7 @@ class Recipe:
 
     ``prefix`` says what stands before a block while it is calibrated: the blocks as they were rounded, or as they were
     ("full_precision", a stale prefix). In the second case its own layers are calibrated before any is rounded, too.
+    ``activation`` quantizes what the layers are called with, wherever they are calibrated behind rounded blocks.
     """
 
     estimator: HessianEstimator
@@ -62,6 +66,7 @@ class Recipe:
     costs: Mapping[str, float]  # predicted by the metric for the plan; empty when none ran
     true_sequential: bool = True  # round each layer before the next one of its block is calibrated, where that can be
     prefix: str = "quantized"  # one of PREFIXES
+    activation: ActivationQuantizer | None = None
 
 
 def quantize(walk: Walk, recipe: Recipe, store: BlockStore, callbacks: Callback) -> list[LayerReport]:
@@ -74,16 +79,17 @@ def quantize(walk: Walk, recipe: Recipe, store: BlockStore, callbacks: Callback)
     for step in walk.steps(full_precision=needs_drift(recipe.quantizer)):
         index = step.block.index
         callbacks.on_advance(stage=STAGE, done=index, detail=step.block.name)
-        if walk.fabric.broadcast(store.block_done(index)):
-            tensors, rows = store.load_block(index)
-            if step.full_precision is not None:
-                step.full_precision.run()  # on the original weights
-            if recipe.prefix == "quantized":
-                _restore(step.block, recipe, tensors, walk.fabric.device)
-        else:
-            rows = _quantize_block(step, recipe, walk, store, callbacks)
-        if not step.outputs:
-            step.run()
+        with _inputs(step.block, recipe) if recipe.prefix == "quantized" else nullcontext():
+            if walk.fabric.broadcast(store.block_done(index)):
+                tensors, rows = store.load_block(index)
+                if step.full_precision is not None:
+                    step.full_precision.run()  # on the original weights
+                if recipe.prefix == "quantized":
+                    _restore(step.block, recipe, tensors, walk.fabric.device)
+            else:
+                rows = _quantize_block(step, recipe, walk, store, callbacks)
+            if not step.outputs:
+                step.run()
         reports += rows
         mean = sum(row.relative_error for row in rows) / max(len(rows), 1)
         callbacks.on_block_end(stage=STAGE, index=index, metrics={"relative_error": mean})
@@ -92,11 +98,21 @@ def quantize(walk: Walk, recipe: Recipe, store: BlockStore, callbacks: Callback)
 
 def stored_logits(walk: Walk, recipe: Recipe, store: BlockStore) -> Tensor:
     """Send a walk through all blocks as the store holds them; return ``Walk.logits``."""
-    for step in walk.steps():
-        tensors, _ = store.load_block(step.block.index)
-        _restore(step.block, recipe, tensors, walk.fabric.device)
-        step.run()
-    return walk.logits()
+    with ExitStack() as head:
+        for step in walk.steps():
+            tensors, _ = store.load_block(step.block.index)
+            _restore(step.block, recipe, tensors, walk.fabric.device)
+            if step.last:
+                head.enter_context(_inputs(step.block, recipe))  # it runs for the logits
+            else:
+                with _inputs(step.block, recipe):
+                    step.run()
+        return walk.logits()
+
+
+def _inputs(block: Block, recipe: Recipe) -> AbstractContextManager[None]:
+    """Have the planned layers of a block called with quantized inputs, if they are to be."""
+    return quantized_inputs((layer for _, _, layer in _planned(block, recipe)), recipe.activation)
 
 
 def _restore(block: Block, recipe: Recipe, tensors: Mapping[str, Tensor], device: torch.device) -> None:

@@ -50,7 +50,7 @@ class CompressedTensors:
         if not all(_is_symmetric_integer(format, option) for option in options):
             raise AptqError(
                 f"exporter=compressed_tensors stores symmetric integers, which its readers agree on; got "
-                f"format={format_name}. Use format=integer format.symmetric=true."
+                f"format={format_name}. Use format=integer format.symmetric=true, with scales of 16 or 32 bits."
             )
         get_target("transformers").check(options, shapes)  # the least that any of its readers asks for
         experts = next((name for name in shapes if ".experts." in name), None)

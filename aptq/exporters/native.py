@@ -30,6 +30,11 @@ class Native:
         """Raise ``AptqError`` when the shard size is none."""
         parse_size(self.max_shard_size)
 
+    @property
+    def stores_activations(self) -> bool:
+        """Yes: the packed layers of a loaded model quantize their inputs."""
+        return True
+
     def check(
         self,
         format: Format,
@@ -56,7 +61,7 @@ class Native:
         Raises:
             AptqError: when the disk is too small, before or while writing.
         """
-        quantization = AptqConfig.from_plan(job.plan, job.format_config, job.provenance)
+        quantization = AptqConfig.from_plan(job.plan, job.format_config, job.provenance, job.activation_config)
         infos = (TensorInfo.of(name, tensor) for name, tensor in _tensors(job))
         write_folder(job, folder, infos, _tensors(job), quantization, self.max_shard_size)
 

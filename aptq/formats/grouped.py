@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from aptq.api import AptqError, Option
-
-SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+from aptq.formats.scales import SCALE_DTYPES
 
 
 def check_fields(group_size: int, scale_dtype: str, clip_steps: int, clip_min: float) -> None:
@@ -36,21 +35,6 @@ def check_group(option: Option) -> None:
 def split_groups(values: Tensor, option: Option) -> list[Tensor]:
     """Split the last dimension, which is a layer's inputs, into groups; the last one may be shorter."""
     return list(values.split(values.shape[-1] if option.group_size == -1 else option.group_size, dim=-1))
-
-
-def stored_scale(scale: Tensor, scale_dtype: str, bits: int) -> Tensor:
-    """Return a scale as it will be stored, in its own dtype; 1 where it is 0, since all that it scales is 0.
-
-    Raises:
-        AptqError: it is not finite in ``scale_dtype``.
-    """
-    rounded = scale.to(SCALE_DTYPES[scale_dtype])
-    if not bool(torch.isfinite(rounded).all()):
-        raise AptqError(
-            f"A weight range has a scale of {scale.max().item():.3g} at {bits} bits, not finite in {scale_dtype}; "
-            "use format.scale_dtype=float32, or look for NaN and Inf in the model."
-        )
-    return torch.where(rounded > 0, rounded, torch.ones_like(rounded)).to(scale.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +89,7 @@ class GroupedGrid:
         natural[head, self.order] = codes.to(torch.uint8)
         return natural.permute(0, 2, 1).reshape(heads * rows, in_features)
 
-    def _stored(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a parameter ``[heads, groups, rows]`` as it is stored, ``[groups, out]``."""
+    def _stored(self, parameter: Tensor) -> Tensor:
+        """Return a parameter ``[heads, groups, rows]`` in the order that it is stored in, ``[groups, out]``."""
         heads, _, rows = parameter.shape
-        return parameter.transpose(0, 1).reshape(-1, heads * rows).to(dtype)
+        return parameter.transpose(0, 1).reshape(-1, heads * rows)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from aptq import packing
 from aptq.api import AptqError, Option, QuantizedWeight
-from aptq.formats.grouped import SCALE_DTYPES, GroupedGrid, check_fields, check_group, split_groups, stored_scale
+from aptq.formats.grouped import GroupedGrid, check_fields, check_group, split_groups
+from aptq.formats.scales import pack_scales, read_scales, scale_layout, scale_unit, stored_scale
 
 _CLIPS = ("shared", "asymmetric")
 
@@ -52,46 +53,49 @@ class Integer:
         groups = split_groups(weight, option)
         low = torch.stack([group.amin(-1) for group in groups], dim=1).clamp(max=0)  # [heads, groups, rows]
         high = torch.stack([group.amax(-1) for group in groups], dim=1).clamp(min=0)
-        scale, zero = self._grid(low, high, option.bits)
+        unit = scale_unit((self._span(low, high) / ((1 << option.bits) - 1)).max(), self.scale_dtype)
+        scale, zero = self._grid(low, high, unit, option.bits)
         if self.clip_steps:
             weights = None if importance is None else split_groups(importance, option)
-            scale, zero = self._search(groups, weights, low, high, option.bits)
-        return IntegerGrid((scale, zero), *IntegerGrid.places(weight, option), bits=option.bits, format=self)
+            scale, zero = self._search(groups, weights, low, high, unit, option.bits)
+        return IntegerGrid((scale, zero), *IntegerGrid.places(weight, option), unit=unit, bits=option.bits, format=self)
 
-    def _grid(self, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    def _span(self, low: Tensor, high: Tensor) -> Tensor:
+        return 2 * torch.maximum(-low, high) if self.symmetric else high - low
+
+    def _grid(self, low: Tensor, high: Tensor, unit: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """Return scale and zero for a range, in the dtype of the range, the scale already rounded for storage."""
         levels = (1 << bits) - 1
-        span = 2 * torch.maximum(-low, high) if self.symmetric else high - low
-        scale = stored_scale(span / levels, self.scale_dtype, bits)
+        scale = stored_scale(self._span(low, high) / levels, self.scale_dtype, unit, bits)
         if self.symmetric:
             return scale, torch.full_like(scale, float(1 << (bits - 1)))
         return scale, torch.round(-low / scale).clamp(0, levels)
 
     def _search(
-        self, groups: list[Tensor], weights: list[Tensor] | None, low: Tensor, high: Tensor, bits: int
+        self, groups: list[Tensor], weights: list[Tensor] | None, low: Tensor, high: Tensor, unit: Tensor, bits: int
     ) -> tuple[Tensor, Tensor]:
         """Return the scale and zero of the range with the least (weighted) squared error in each group.
 
         First both ends shrink alike; with ``clip="asymmetric"`` each end is then searched with the other one in place.
         """
         shares = [1.0 - (1.0 - self.clip_min) * step / self.clip_steps for step in range(self.clip_steps + 1)]
-        best = _Range(low, high, *self._grid(low, high, bits), error=torch.full_like(low, float("inf")))
+        best = _Range(low, high, *self._grid(low, high, unit, bits), error=torch.full_like(low, float("inf")))
         for share in shares:
-            best = best.or_better(self._range(groups, weights, low * share, high * share, bits))
+            best = best.or_better(self._range(groups, weights, low * share, high * share, unit, bits))
         if self.clip == "asymmetric" and not self.symmetric:
             top = best.high
             for share in shares:
-                best = best.or_better(self._range(groups, weights, low * share, top, bits))
+                best = best.or_better(self._range(groups, weights, low * share, top, unit, bits))
             bottom = best.low
             for share in shares:
-                best = best.or_better(self._range(groups, weights, bottom, high * share, bits))
+                best = best.or_better(self._range(groups, weights, bottom, high * share, unit, bits))
         return best.scale, best.zero
 
     def _range(
-        self, groups: list[Tensor], weights: list[Tensor] | None, low: Tensor, high: Tensor, bits: int
+        self, groups: list[Tensor], weights: list[Tensor] | None, low: Tensor, high: Tensor, unit: Tensor, bits: int
     ) -> _Range:
         """Return what rounding within a range costs."""
-        scale, zero = self._grid(low, high, bits)
+        scale, zero = self._grid(low, high, unit, bits)
         error = torch.empty_like(low)
         for g, group in enumerate(groups):
             exact = (group / scale[:, g, :, None]).add_(zero[:, g, :, None])  # codes before rounding
@@ -102,7 +106,7 @@ class Integer:
     def dequantize(self, quantized: QuantizedWeight, option: Option) -> Tensor:
         """Return ``(code - zero) * scale`` as float32 ``[out, in]`` (a transposed view of memory ``[in, out]``)."""
         codes = quantized.codes.T.float()  # [in, out]: contiguous when it comes from unpacking
-        scales = quantized.parameters["scales"].float()
+        scales = read_scales(quantized.parameters, self.scale_dtype)
         zeros = quantized.parameters["zeros"].float() if "zeros" in quantized.parameters else None
         size = codes.shape[0] if option.group_size == -1 else option.group_size
         for group, part in enumerate(codes.split(size)):
@@ -114,17 +118,15 @@ class Integer:
 
         Zeros ``[groups, out]`` are packed as a weight of ``groups`` outputs: int32 ``[ceil(out/32), bits, groups]``.
         """
-        tensors = {
-            "qweight": packing.pack(quantized.codes, option.bits),
-            "scales": quantized.parameters["scales"].contiguous(),
-        }
+        scales = {name: tensor.contiguous() for name, tensor in quantized.parameters.items() if name != "zeros"}
+        tensors = {"qweight": packing.pack(quantized.codes, option.bits), **scales}
         if not self.symmetric:
             tensors["qzeros"] = packing.pack(quantized.parameters["zeros"], option.bits)
         return tensors
 
     def unpack(self, tensors: Mapping[str, Tensor], option: Option, shape: tuple[int, int]) -> QuantizedWeight:
         """Invert ``pack``."""
-        parameters = {"scales": tensors["scales"]}
+        parameters = {name: tensor for name, tensor in tensors.items() if name not in ("qweight", "qzeros")}
         if not self.symmetric:
             parameters["zeros"] = packing.unpack(tensors["qzeros"], option.bits, shape[0])
         return QuantizedWeight(codes=packing.unpack(tensors["qweight"], option.bits, shape[1]), parameters=parameters)
@@ -135,7 +137,7 @@ class Integer:
         groups = option.num_groups(in_features)
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "qweight": (packing.packed_shape(out_features, in_features, option.bits), torch.int32),
-            "scales": ((groups, out_features), SCALE_DTYPES[self.scale_dtype]),
+            **scale_layout(groups, out_features, self.scale_dtype),
         }
         if not self.symmetric:
             layout["qzeros"] = (packing.packed_shape(groups, out_features, option.bits), torch.int32)
@@ -163,6 +165,7 @@ class _Range:
 class IntegerGrid(GroupedGrid):
     """Scales and zeros of one weight."""
 
+    unit: Tensor  # [], of the scales
     bits: int
     format: Integer
 
@@ -181,7 +184,7 @@ class IntegerGrid(GroupedGrid):
     def finish(self, codes: Tensor) -> QuantizedWeight:
         """Bind codes ``[heads, in, rows]`` to the parameters, columns back in their natural order."""
         scale, zero = self.parameters
-        parameters = {"scales": self._stored(scale, SCALE_DTYPES[self.format.scale_dtype])}
+        parameters = pack_scales(self._stored(scale), self.format.scale_dtype, self.unit)
         if not self.format.symmetric:
-            parameters["zeros"] = self._stored(zero, torch.uint8)
+            parameters["zeros"] = self._stored(zero).to(torch.uint8)
         return QuantizedWeight(codes=self._natural(codes), parameters=parameters)

@@ -12,24 +12,26 @@ from torch import Tensor
 
 from aptq import packing
 from aptq.api import AptqError, Option, QuantizedWeight
-from aptq.formats.grouped import SCALE_DTYPES, GroupedGrid, check_fields, check_group, split_groups, stored_scale
+from aptq.formats.grouped import GroupedGrid, check_fields, check_group, split_groups
+from aptq.formats.scales import BLOCK_SCALES, pack_scales, read_scales, scale_layout, scale_unit, stored_scale
 
 _FLOATS = {3: (0.0, 1.0, 2.0, 4.0), 4: (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)}
 """Magnitudes of floating-point numbers with a sign, two bits of exponent and none or one of mantissa (e2m0, e2m1)."""
-_WIDTHS = {"normal": (2, 3, 4), "fp": tuple(_FLOATS)}
+WIDTHS = {"normal": (2, 3, 4), "fp": tuple(_FLOATS)}
 
 
 @cache
-def levels(code: str, bits: int) -> tuple[float, ...]:
+def levels(code: str, bits: int, *, own_size: bool = False) -> tuple[float, ...]:
     """Return the levels of a code in rising order; the largest magnitudes are 1, and 0 is one of them.
 
-    ``fp`` are floating-point numbers (one of their two zeros is left out). ``normal`` are the quantiles of a normal
+    ``fp`` are floating-point numbers (one of their two zeros is left out), with ``own_size`` as they are: e2m1 then
+    ends at 6. ``normal`` are the quantiles of a normal
     distribution that share it evenly (NF4): ``2^(bits-1)`` positive ones, one less below 0.
 
     Source: for ``normal``, Dettmers et al., "QLoRA" (NeurIPS 2023), appendix E, for any number of bits.
     """
     if code == "fp":
-        top = _FLOATS[bits][-1]
+        top = 1.0 if own_size else _FLOATS[bits][-1]
         positive = [value / top for value in _FLOATS[bits]]
         return tuple([-value for value in positive[:0:-1]] + positive)
     count = 1 << bits
@@ -60,14 +62,14 @@ class LevelFormat:
 
     def __post_init__(self) -> None:
         check_fields(self.group_size, self.scale_dtype, self.clip_steps, self.clip_min)
-        if self.code not in _WIDTHS:
-            raise AptqError(f"format.code={self.code!r} is not known; use one of {', '.join(_WIDTHS)}.")
+        if self.code not in WIDTHS:
+            raise AptqError(f"format.code={self.code!r} is not known; use one of {', '.join(WIDTHS)}.")
 
     def check(self, option: Option, shape: tuple[int, int]) -> None:
         """Raise ``AptqError`` for bits that the code has not or a meaningless group size; every shape is served."""
         del shape
-        if option.bits not in _WIDTHS[self.code]:
-            allowed = ", ".join(map(str, _WIDTHS[self.code]))
+        if option.bits not in WIDTHS[self.code]:
+            allowed = ", ".join(map(str, WIDTHS[self.code]))
             raise AptqError(f"Floats with format.code={self.code} have {allowed} bits; got bits={option.bits}.")
         check_group(option)
 
@@ -83,12 +85,15 @@ class LevelFormat:
         else:
             low = high = torch.maximum(low, high)
         table = self._levels(option, weight)
-        scales = self._search(groups, weights, low, high, table, option.bits)
-        return LevelGrid(scales, *LevelGrid.places(weight, option), levels=table, format=self)
+        low, high = low / table[-1], high / table[-1]  # scales from here on
+        unit = scale_unit(torch.maximum(low, high).max(), self.scale_dtype)
+        scales = self._search(groups, weights, low, high, table, unit, option.bits)
+        return LevelGrid(scales, *LevelGrid.places(weight, option), levels=table, unit=unit, format=self)
 
     def _levels(self, option: Option, like: Tensor) -> Tensor:
         dtype = like.dtype if like.dtype == torch.float64 else torch.float32
-        return torch.tensor(levels(self.code, option.bits), dtype=torch.float32, device=like.device).to(dtype)
+        table = levels(self.code, option.bits, own_size=self.scale_dtype in BLOCK_SCALES)
+        return torch.tensor(table, dtype=torch.float32, device=like.device).to(dtype)
 
     def _search(
         self,
@@ -97,19 +102,20 @@ class LevelFormat:
         low: Tensor,
         high: Tensor,
         table: Tensor,
+        unit: Tensor,
         bits: int,
     ) -> tuple[Tensor, Tensor]:
         """Return the scales below and above 0, ``[heads, groups, rows]``, of the shrunken ranges with the least error.
 
         A weight's error depends on the scale of its own side alone: with two scales, each is searched by itself.
         """
-        best = [stored_scale(end, self.scale_dtype, bits) for end in (low, high)]
+        best = [stored_scale(end, self.scale_dtype, unit, bits) for end in (low, high)]
         if not self.clip_steps:
             return best[0], best[1]
         least = [torch.full_like(low, float("inf")) for _ in best]
         for step in range(self.clip_steps + 1):
             share = 1.0 - (1.0 - self.clip_min) * step / self.clip_steps
-            tried = [stored_scale(end * share, self.scale_dtype, bits) for end in (low, high)]
+            tried = [stored_scale(end * share, self.scale_dtype, unit, bits) for end in (low, high)]
             errors = [torch.empty_like(low) for _ in best]
             for at, (group, weight) in enumerate(zip(groups, weights, strict=True)):
                 below, above = (scale[:, at, :, None] for scale in tried)
@@ -131,8 +137,8 @@ class LevelFormat:
         """Return ``level * scale`` as float32 ``[out, in]``, the scale that of the level's side."""
         codes = quantized.codes.T  # [in, out]: contiguous when it comes from unpacking
         values = self._levels(option, torch.empty(0, device=codes.device))[codes.int()]
-        above = quantized.parameters["scales"].float()
-        below = quantized.parameters.get("scales_below", quantized.parameters["scales"]).float()
+        above = read_scales(quantized.parameters, self.scale_dtype)
+        below = read_scales(quantized.parameters, self.scale_dtype, "scales_below") if self.asymmetric else above
         size = codes.shape[0] if option.group_size == -1 else option.group_size
         for group, part in enumerate(values.split(size)):
             part.mul_(torch.where(part < 0, below[group], above[group]) if self.asymmetric else above[group])
@@ -151,11 +157,11 @@ class LevelFormat:
     def packed_layout(self, option: Option, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return shape and dtype of the tensors that ``pack`` gives."""
         out_features, in_features = shape
-        scale = (option.num_groups(in_features), out_features), SCALE_DTYPES[self.scale_dtype]
+        scales = scale_layout(option.num_groups(in_features), out_features, self.scale_dtype)
         return {
             "qweight": (packing.packed_shape(out_features, in_features, option.bits), torch.int32),
-            "scales": scale,
-            **({"scales_below": scale} if self.asymmetric else {}),
+            **scales,
+            **({"scales_below": scales["scales"]} if self.asymmetric else {}),
         }
 
 
@@ -178,6 +184,7 @@ class LevelGrid(GroupedGrid):
     """Scales below and above 0 of one weight, and the levels that they scale."""
 
     levels: Tensor  # [levels], rising
+    unit: Tensor  # [], of the scales
     format: LevelFormat
 
     def round(self, values: Tensor, position: int | slice) -> tuple[Tensor, Tensor]:
@@ -190,7 +197,7 @@ class LevelGrid(GroupedGrid):
 
     def finish(self, codes: Tensor) -> QuantizedWeight:
         """Bind codes ``[heads, in, rows]`` to the scales, columns back in their natural order."""
-        dtype = SCALE_DTYPES[self.format.scale_dtype]
-        below, above = (self._stored(scale, dtype) for scale in self.parameters)
-        parameters = {"scales": above, **({"scales_below": below} if self.format.asymmetric else {})}
+        name, unit = self.format.scale_dtype, self.unit
+        below, above = (pack_scales(self._stored(scale), name, unit) for scale in self.parameters)
+        parameters = {**above, **({"scales_below": below["scales"]} if self.format.asymmetric else {})}
         return QuantizedWeight(codes=self._natural(codes), parameters=parameters)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aptq.api import AptqError, EntryGrid, Format, FormatSet, Grid, Option, QuantizedWeight
-from aptq.formats.grouped import SCALE_DTYPES
+from aptq.formats.scales import FLOATS
 
 _LEAST = 1e-6
 """Importance, as a share of the largest, that all below it are taken to have: factors stay within 1e3 of each other."""
@@ -44,10 +44,8 @@ class Scaled:
             raise AptqError("format.inner is several formats; give each of them its scales instead.")
         if self.steps < 1:
             raise AptqError(f"format.steps={self.steps} is not allowed; use 1 or more.")
-        if self.scale_dtype not in SCALE_DTYPES:
-            raise AptqError(
-                f"format.scale_dtype={self.scale_dtype!r} is not known; use one of {', '.join(SCALE_DTYPES)}."
-            )
+        if self.scale_dtype not in FLOATS:
+            raise AptqError(f"format.scale_dtype={self.scale_dtype!r} is not known; use one of {', '.join(FLOATS)}.")
 
     @property
     def group_size(self) -> int:
@@ -74,13 +72,13 @@ class Scaled:
             return torch.ones_like(channels)
         logs = channels.clamp(min=floor).log()
         factors = torch.exp((logs.mean() - logs) * (exponent / 2))
-        return factors.to(SCALE_DTYPES[self.scale_dtype]).to(channels.dtype)
+        return factors.to(FLOATS[self.scale_dtype]).to(channels.dtype)
 
     def _grid(self, weight: Tensor, option: Option, importance: Tensor | None, factors: Tensor) -> ScaledGrid:
         """Fit ``inner`` to ``w / r``; an error in it counts ``r^2`` times as much."""
         weighed = None if importance is None else importance * factors.square()
         inner = self.inner.fit(weight / factors, option, weighed)
-        by_head, dtype = factors.expand(weight.shape[0], -1), SCALE_DTYPES[self.scale_dtype]
+        by_head, dtype = factors.expand(weight.shape[0], -1), FLOATS[self.scale_dtype]
         if isinstance(inner, EntryGrid):
             return ScaledEntryGrid(inner, by_head, factors, dtype)
         return ScaledGrid(inner, by_head, factors, dtype)
@@ -102,7 +100,7 @@ class Scaled:
 
     def packed_layout(self, option: Option, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return shape and dtype of the tensors that ``pack`` gives."""
-        return {**self.inner.packed_layout(option, shape), SCALES: ((shape[1],), SCALE_DTYPES[self.scale_dtype])}
+        return {**self.inner.packed_layout(option, shape), SCALES: ((shape[1],), FLOATS[self.scale_dtype])}
 
 
 def weighted_error(grid: Grid, weight: Tensor, importance: Tensor) -> float:

@@ -12,8 +12,9 @@ from torch.nn import functional
 from aptq import packing
 from aptq.api import AptqError, Option, QuantizedWeight
 from aptq.formats.codebooks import Spec
-from aptq.formats.grouped import SCALE_DTYPES, check_group, stored_scale
+from aptq.formats.grouped import check_group
 from aptq.formats.kmeans import KMeans
+from aptq.formats.scales import FLOATS, stored_scale
 from aptq.formats.vector_grid import SCALES, VectorGrid
 
 
@@ -51,10 +52,8 @@ class Vector:
     beam: int = 16
 
     def __post_init__(self) -> None:
-        if self.scale_dtype not in SCALE_DTYPES:
-            raise AptqError(
-                f"format.scale_dtype={self.scale_dtype!r} is not known; use one of {', '.join(SCALE_DTYPES)}."
-            )
+        if self.scale_dtype not in FLOATS:
+            raise AptqError(f"format.scale_dtype={self.scale_dtype!r} is not known; use one of {', '.join(FLOATS)}.")
         if self.normalize not in SCALES:
             raise AptqError(f"format.normalize={self.normalize!r} is not known; use one of {', '.join(SCALES)}.")
         check_group(Option(bits=2, group_size=self.group_size))
@@ -123,7 +122,7 @@ class Vector:
             order=torch.arange(width, device=weight.device).expand(heads, -1),
             rows=rows,
             length=spec.length,
-            dtype=SCALE_DTYPES[self.scale_dtype],
+            dtype=FLOATS[self.scale_dtype],
             means=KMeans(self.iterations, self.tolerance, self.samples, self.seed),
             refits=self.refits,
         )
@@ -137,14 +136,14 @@ class Vector:
     def _scales(self, columns: Tensor, length: int, bits: int) -> tuple[Tensor, Tensor]:
         """Return the scales ``[in]`` and ``[heads, V]`` of ``columns [heads, in, rows]``, 1 where there are none."""
         heads, width, rows = columns.shape
-        by_column = torch.ones(width, device=columns.device)
+        by_column, unit = torch.ones(width, device=columns.device), torch.ones((), device=columns.device)
         by_row = torch.ones(heads, -(-rows // length), device=columns.device)
         if "column_scales" in SCALES[self.normalize]:
-            by_column = stored_scale(columns.square().mean((0, 2)).sqrt(), self.scale_dtype, bits)
+            by_column = stored_scale(columns.square().mean((0, 2)).sqrt(), self.scale_dtype, unit, bits)
         if "row_scales" in SCALES[self.normalize]:
             squares = (columns / by_column[:, None]).square().mean(1)  # [heads, rows]
             mean = torch.stack([part.mean(1) for part in squares.split(length, 1)], dim=1)
-            by_row = stored_scale(mean.sqrt(), self.scale_dtype, bits)
+            by_row = stored_scale(mean.sqrt(), self.scale_dtype, unit, bits)
         return by_column, by_row
 
     def dequantize(self, quantized: QuantizedWeight, option: Option) -> Tensor:
@@ -209,7 +208,7 @@ class Vector:
     def packed_layout(self, option: Option, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return shape and dtype of the tensors that ``pack`` gives."""
         out_features, in_features = shape
-        spec, stored, bits = self.spec(option.bits), SCALE_DTYPES[self.scale_dtype], self._widths(option)
+        spec, stored, bits = self.spec(option.bits), FLOATS[self.scale_dtype], self._widths(option)
         outliers = self.num_outliers(in_features)
         common, vectors = in_features - outliers, -(-out_features // spec.length)
         groups = option.num_groups(common)

@@ -14,12 +14,14 @@ with) is the built-in one unless you pass your own.
 
 from __future__ import annotations
 
+from aptq.testing.activations import check_activation
 from aptq.testing.allocation import check_allocator, check_metric
 from aptq.testing.formats import check_format
 from aptq.testing.models import check_evaluator, check_hessian
 from aptq.testing.weights import check_backend, check_quantizer
 
 __all__ = [
+    "check_activation",
     "check_allocator",
     "check_backend",
     "check_evaluator",

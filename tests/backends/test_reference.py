@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from aptq.api import Backend, Curvature, LayerSpec, Option
+from aptq.activations.block_scaled import BlockScaled
+from aptq.api import ActivationBackend, Backend, Curvature, LayerSpec, Option
 from aptq.backends.reference import Reference
 from aptq.formats.integer import Integer
 from aptq.quantizers.nearest import Nearest
@@ -38,3 +41,8 @@ def test_matmul_multiplies_by_the_dequantized_weight(dtype: torch.dtype, symmetr
     y = backend.matmul(x, prepacked, spec)
     assert y.dtype == dtype
     torch.testing.assert_close(y, x @ format.dequantize(quantized, option).to(dtype).T)
+    assert isinstance(backend, ActivationBackend)
+    rounded = replace(spec, activation=BlockScaled(bits=4))
+    assert backend.refuses(rounded) is None
+    expected = BlockScaled(bits=4).quantize(x) @ format.dequantize(quantized, option).to(dtype).T
+    torch.testing.assert_close(backend.matmul(x, prepacked, rounded), expected)

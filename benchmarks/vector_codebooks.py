@@ -1,6 +1,6 @@
 """What vector codebooks cost and gain: time, stored bits and error of one layer against the number of centroids.
 
-    python benchmarks/codebooks.py --out 1536 --in 576 --codebooks v4-k16 v4-k256 v4-k4096
+    python benchmarks/vector_codebooks.py --out 1536 --in 576 --codebooks v4-k16 v4-k256 v4-k4096
 
 The weight is random normal, the inputs are correlated; both are seeded. The error is that of the layer's outputs.
 """
@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--in", type=int, default=576, dest="inputs")
     parser.add_argument("--codebooks", nargs="+", default=["v4-k16", "v4-k64", "v4-k256", "v4-k1024", "v4-k4096"])
     parser.add_argument("--threads", type=int, default=machine.usable_cores())
-    parser.add_argument("--markdown", type=Path, default=HERE / "results" / "codebooks.md")
+    parser.add_argument("--markdown", type=Path, default=HERE / "results" / "vector_codebooks.md")
     return parser.parse_args(argv)
 
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{title}: a random weight, correlated inputs; the error as a share of the outputs' energy; one run each.",
         markdown_table(HEADER, rows),
         f"Machine: {machine.sentence(machine.describe())}. Date: {datetime.now(UTC):%Y-%m-%d}. Commit: {commit()}.",
-        f"```\n{shlex.join(['python', 'benchmarks/codebooks.py', *sys.argv[1:]])}\n```",
+        f"```\n{shlex.join(['python', 'benchmarks/vector_codebooks.py', *sys.argv[1:]])}\n```",
     ]
     options.markdown.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 

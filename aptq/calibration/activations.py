@@ -1,0 +1,35 @@
+"""Calibrating and checking a model whose layers quantize what they are called with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from aptq.api import ActivationQuantizer, Layer
+
+
+@contextmanager
+def quantized_inputs(layers: Iterable[Layer], activation: ActivationQuantizer | None) -> Iterator[None]:
+    """Have layers called with quantized inputs while the context lasts, as they will be in the written model.
+
+    Hooks that are set inside see the quantized inputs. Layers that are called with one tensor get one tensor again, so
+    that it still shows that they share it.
+    """
+    # By identity, and no longer than the input lives: forward passes may be interleaved (see ``lockstep``).
+    known = WeakIdKeyDictionary()
+
+    def quantize(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        del module
+        assert activation is not None
+        x, *others = args
+        if x not in known:
+            known[x] = activation.quantize(x)
+        return (known[x], *others)
+
+    with ExitStack() as stack:
+        for layer in layers if activation is not None else ():
+            stack.callback(layer.module.register_forward_pre_hook(quantize).remove)
+        yield
