@@ -112,11 +112,11 @@ def build_callbacks(config: Mapping[str, Any], fabric: Fabric, loggers: Sequence
     return Callbacks([*chosen, *([LoggerCallback(loggers)] if loggers else [])])
 
 
-def _backend(config: Mapping[str, Any] | str) -> str:
-    name = config if isinstance(config, str) else config["name"]
-    if name != "auto":
-        registry.load("backend", name)
-    return str(name)
+def _backend(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
+    chosen = {"name": config} if isinstance(config, str) else dict(config)
+    if chosen["name"] != "auto":
+        registry.build("backend", chosen)  # what is wrong with it is said before any work
+    return chosen
 
 
 def evaluate(config: DictConfig | Sequence[str]) -> dict[str, dict[str, float]]:
