@@ -12,7 +12,7 @@ from torch import Tensor
 from aptq import packing
 from aptq.api import AptqError, LayerSpec
 from aptq.backends.meaning import Integers, Levels, meaning_of
-from aptq.kernels.cpu import ARCHITECTURES, TYPES, library
+from aptq.kernels.cpu import ARCHITECTURES, TYPES, load_kernels
 
 _UNIT = packing.UNIT
 
@@ -60,7 +60,7 @@ class Cpu:
         if (reason := _refuses_layout(spec)) is not None:
             return reason
         try:
-            library(self.architecture, self.cache_dir)
+            load_kernels(self.architecture, self.cache_dir)
         except AptqError as error:
             return str(error)
         return None

@@ -15,7 +15,7 @@ from torch import Tensor
 from aptq import packing
 from aptq.api import AptqError
 from aptq.backends.cpu import Cpu
-from aptq.kernels.cpu import library, ops
+from aptq.kernels.cpu import load_kernels, ops
 from aptq.kernels.cpu.build import build
 from aptq.kernels.cpu.library import TYPES, Packed
 
@@ -66,7 +66,7 @@ def test_any_shape_and_values(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, in_features, generator=generator)
     x = (x * torch.exp(spread * torch.randn(in_features, generator=generator)).clamp(max=1e3)).to(dtype)
-    y = library("native", FOLDER).multiply(x, layer, 3)
+    y = load_kernels("native", FOLDER).multiply(x, layer, 3)
     exact = x.double() @ dense.T
     largest = x.double().abs() @ dense.abs().T
     assert ((y.double() - exact).abs() <= 1.5e-6 * largest + torch.finfo(dtype).eps * exact.abs() + 1e-7).all()
@@ -84,7 +84,7 @@ def test_every_output_is_written_and_nothing_else(monkeypatch: pytest.MonkeyPatc
         x = torch.randn(3, in_features)
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "new_empty", poisoned)
-            y = library("native", FOLDER).multiply(x, layer, 3)
+            y = load_kernels("native", FOLDER).multiply(x, layer, 3)
         torch.testing.assert_close(y.double(), x.double() @ dense.T, rtol=1e-5, atol=1e-4)
         assert guarded[[0, 2, 3, 4]].isnan().all()
         assert guarded[1].view(-1)[3 * out_features :].isnan().all()
@@ -94,7 +94,7 @@ def test_every_output_is_written_and_nothing_else(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_dense_strips_are_the_weight(bits: int, dtype: torch.dtype) -> None:
     layer, dense = random_layer(70, 45, bits, 32, zeros=True)
-    kernels = library("native", FOLDER)
+    kernels = load_kernels("native", FOLDER)
     room = torch.full((64, 64), float("nan"), dtype=dtype)
     for begin, end in ((0, 64), (64, 70), (32, 70)):
         strip = kernels.dense(layer, begin, end, room)
@@ -115,7 +115,7 @@ def test_opcheck(leading: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_many_rows_go_by_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_ROOM", 64 * 96)  # several strips of a small layer
     layer, dense = random_layer(150, 70, 3, 32, zeros=False)
-    kernels = library("native", FOLDER)
+    kernels = load_kernels("native", FOLDER)
     x = torch.randn(9, 70)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
         y = ops._by_strips(kernels, layer, x.to(dtype)).double()

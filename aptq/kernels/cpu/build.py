@@ -15,7 +15,8 @@ from pathlib import Path
 from aptq.errors import AptqError
 
 COMPILERS = ("c++", "g++", "clang++")
-ARCHITECTURES = ("native", "x86-64-v3", "x86-64-v4")
+HERE = "native"
+ARCHITECTURES = (HERE, "x86-64-v3", "x86-64-v4")
 """What the compiler may use: all that this CPU has; AVX2; AVX-512 without VNNI."""
 
 _SOURCE = Path(__file__).with_name("source")
@@ -75,8 +76,8 @@ def _check_cpu(compiler: str, architecture: str, macros: str) -> None:
     lost = [name for name in _NEEDED if name not in _defined(macros)]
     if lost:
         raise AptqError(f"the CPU lacks {', '.join(name.strip('_') for name in lost)}")
-    if architecture != "native":
-        here = _defined(_macros(compiler, "native"))
+    if architecture != HERE:
+        here = _defined(_macros(compiler, HERE))
         vectors = {name for name in _defined(macros) if name.startswith(("__AVX", "__FMA", "__F16C"))}
         if not vectors <= here:
             lost = sorted(name.strip("_") for name in vectors - here)

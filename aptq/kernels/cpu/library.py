@@ -107,7 +107,7 @@ class Library:
 
 
 @cache
-def library(architecture: str, folder: str) -> Library:
+def load_kernels(architecture: str, folder: str) -> Library:
     """Return the kernels for an architecture, built where that was never done (see ``build``).
 
     Raises:

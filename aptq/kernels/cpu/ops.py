@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aptq.kernels.cpu.library import TILE, Library, Packed, library
+from aptq.kernels.cpu.library import TILE, Library, Packed, load_kernels
 
 _DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 """Bytes of the fixed-point numbers that activations become: enough that rounding to the dtype is what one sees."""
@@ -51,7 +51,7 @@ def cpu_matmul(
         architecture: of the kernels; one that was built.
         folder: where they were built.
     """
-    kernels = library(architecture, folder)
+    kernels = load_kernels(architecture, folder)
     packed = Packed(qweight, scales, below, qzeros, levels, x.shape[-1], group)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if rows.shape[0] <= _direct_rows(kernels, packed, x.dtype, int8):
