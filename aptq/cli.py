@@ -89,6 +89,7 @@ def _run(config: DictConfig) -> None:
         "export": _export,
         "report": _report,
         "paper": _paper,
+        "benchmark": _benchmark,
     }
     try:
         tasks[config.task](config)
@@ -176,6 +177,13 @@ def _export(config: DictConfig) -> None:
 
     folder = export(config)
     Console().print(f"Wrote [bold]{_escaped(str(folder))}[/]")
+
+
+def _benchmark(config: DictConfig) -> None:
+    from aptq.experiment import benchmark
+    from aptq.tables import print_benchmark
+
+    print_benchmark(benchmark(config, on_open=_log_to), Path(config.run.dir))
 
 
 def _report(config: DictConfig) -> None:

@@ -11,6 +11,9 @@ from aptq.api import AptqError, Option
 
 _KEYS = {"backend", "format", "bits", "group_size", "shape", "rows", "dtype", "seconds", "device"}
 
+DENSE = "dense"
+"""What the table has in place of a backend for the product that is not packed."""
+
 _Key = tuple[tuple[int, int], Option]
 
 
@@ -22,14 +25,16 @@ class DecodeTimes:
 
         Args:
             path: where the rows are from, for messages.
-            rows: those of more than one row of activations are left out.
+            rows: those of more than one row of activations, and of dense products, are left out.
             backend: the one that will run the layers; "auto" for the best of all.
 
         Raises:
             AptqError: nothing of that backend is there, or times of several devices or dtypes.
         """
         self._path, self._backend = path, backend
-        taken = [row for row in rows if row["rows"] == 1 and backend in ("auto", row["backend"])]
+        taken = [
+            row for row in rows if row["rows"] == 1 and row["backend"] != DENSE and backend in ("auto", row["backend"])
+        ]
         if not taken:
             raise AptqError(
                 f"{path} has no times of decoding (rows=1) by backend={backend}; run aptq -cn benchmark "
@@ -38,8 +43,8 @@ class DecodeTimes:
         for what in ("device", "dtype"):
             if len(found := sorted({str(row[what]) for row in taken})) > 1:
                 raise AptqError(
-                    f"{path} has times of several values of {what}: {', '.join(found)}; measure those of the one that "
-                    "will run the model alone."
+                    f"{path} has times of several values of {what}: {', '.join(found)}; measure the one that will run "
+                    "the model (benchmark.dtypes=[float32], for example)."
                 )
         self._seconds: dict[_Key, float] = {}
         for row in taken:

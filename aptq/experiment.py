@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,17 @@ from lightning.fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
 from aptq import registry
-from aptq.api import Exporter
+from aptq.api import Backend, Exporter
+from aptq.backends.select import installed_backends
+from aptq.benchmark import Benchmark, Result, draw, run_benchmark
 from aptq.callbacks import Callbacks
 from aptq.config import compose, to_settings
 from aptq.data import check_data, evaluation_texts
 from aptq.decode_times import DecodeTimes
 from aptq.errors import AptqError
-from aptq.files import new_folder
+from aptq.files import new_folder, write_bytes, write_json
 from aptq.finished import job_of, open_for_use
+from aptq.models import open_model
 from aptq.pipeline import Experiment, quantize_model
 from aptq.preflight import check_stores_activations
 from aptq.run import Run
@@ -25,6 +30,8 @@ from aptq.settings import DataSettings, ModelSettings, RunSettings
 from aptq.targets import fuses, get_target
 from aptq.tracking import LoggerCallback
 from aptq.typed import convert
+
+_log = logging.getLogger(__name__)
 
 
 def quantize(config: DictConfig | Sequence[str] = ()) -> Run:
@@ -118,14 +125,14 @@ def build_callbacks(config: Mapping[str, Any], fabric: Fabric, loggers: Sequence
 
 def _decode_times(config: Mapping[str, Any]) -> DecodeTimes | None:
     path = convert(config["decode_times"], Path | None, "decode_times")
-    return None if path is None else DecodeTimes.read(path, _backend(config["backend"]))
+    return None if path is None else DecodeTimes.read(path, _backend(config["backend"])["name"])
 
 
-def _backend(config: Mapping[str, Any] | str) -> str:
-    name = config if isinstance(config, str) else config["name"]
-    if name != "auto":
-        registry.load("backend", name)
-    return str(name)
+def _backend(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
+    chosen = {"name": config} if isinstance(config, str) else dict(config)
+    if chosen["name"] != "auto":
+        registry.build("backend", chosen)  # what is wrong with it is said before any work
+    return chosen
 
 
 def evaluate(config: DictConfig | Sequence[str]) -> dict[str, dict[str, float]]:
@@ -169,3 +176,53 @@ def export(config: DictConfig | Sequence[str]) -> Path:
     with new_folder(output, "the exported model") as draft:
         exporter.export(job, draft)
     return output
+
+
+def benchmark(config: DictConfig | Sequence[str], on_open: Callable[[Path], None] | None = None) -> Result:
+    """Time backends on single layers; ``benchmark.json`` and a figure are written into ``run.dir``.
+
+    ``on_open`` is called with that folder before any work in it.
+    """
+    composed = config if isinstance(config, DictConfig) else compose(list(config), "benchmark")
+    plain: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
+    settings = to_settings(Benchmark, plain["benchmark"], "benchmark")
+    if settings.model is not None:
+        source = open_model(ModelSettings(path=settings.model))
+        shapes = sorted(set(source.layer_shapes().values()), reverse=True)
+        settings = replace(settings, shapes=[list(shape) for shape in shapes])
+    format, folder = registry.build("format", plain["format"]), Path(plain["run"]["dir"])
+    backends = _named_backends(settings.backends)
+    fabric = launch(plain)
+    if on_open is not None:
+        on_open(folder)
+    with build_callbacks(plain, fabric) as callbacks:
+        total = len(settings.shapes) * len(settings.options(format, plain["format"]["name"]))
+        callbacks.on_stage_start(stage="benchmark", total=total, unit="case")
+        found = run_benchmark(
+            settings,
+            format,
+            plain["format"]["name"],
+            backends,
+            fabric.device,
+            lambda done, what: callbacks.on_advance(stage="benchmark", done=done, detail=what),
+            plain["seed"],
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "benchmark.json", found.rows, "the benchmark")
+    write_bytes(folder / "benchmark.png", draw(found.rows), "a figure")
+    return found
+
+
+def _named_backends(chosen: Sequence[Any] | None) -> dict[str, Backend]:
+    """Return the backends to time by name, with their options where they have some."""
+    if chosen is None:
+        backends, broken = installed_backends()
+        for name, reason in broken.items():
+            _log.warning("backend %s cannot be used: %s", name, reason)
+        return backends
+    configs = [{"name": each} if isinstance(each, str) else dict(each) for each in chosen]
+    labels = [
+        " ".join([str(each.get("name")), *(f"{key}={value}" for key, value in each.items() if key != "name")])
+        for each in configs
+    ]
+    return {label: registry.build("backend", each) for label, each in zip(labels, configs, strict=True)}

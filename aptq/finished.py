@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def open_for_use(settings: ModelSettings, backend: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def open_for_use(
+    settings: ModelSettings, backend: str | Mapping[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, on the CPU: packed when aptq wrote it, as it is otherwise.
 
     Raises:

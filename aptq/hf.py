@@ -41,7 +41,7 @@ class AptqConfig(QuantizationConfigMixin):
         version: of the checkpoint's layout.
         provenance: how the checkpoint was made; free-form, JSON.
         activation: name and options of what quantizes the packed layers' inputs; none by default.
-        backend: what multiplies the packed layers; chosen at load, never stored.
+        backend: what multiplies the packed layers, a name or a mapping with name and options; never stored.
 
     Raises:
         AptqError: when the entry is malformed or was written by a newer release.
@@ -57,7 +57,7 @@ class AptqConfig(QuantizationConfigMixin):
         version: int = _VERSION,
         provenance: Mapping[str, Any] | None = None,
         activation: Mapping[str, Any] | None = None,
-        backend: str = "auto",
+        backend: str | Mapping[str, Any] = "auto",
         quant_method: str = _METHOD,
         **unknown: Any,
     ) -> None:
@@ -176,13 +176,17 @@ class AptqHfQuantizer(HfQuantizer):
 
 
 def load(
-    path: str | Path, backend: str = "auto", device_map: Any = None, dtype: str | torch.dtype = "auto"
+    path: str | Path,
+    backend: str | Mapping[str, Any] = "auto",
+    device_map: Any = None,
+    dtype: str | torch.dtype = "auto",
 ) -> PreTrainedModel:
     """Load a native checkpoint, its layers packed.
 
     Args:
         path: folder or hub id.
-        backend: what multiplies the packed layers; "auto" takes the best that accepts each.
+        backend: what multiplies the packed layers; "auto" takes the best that accepts each. With options:
+            ``{"name": "cpu", "activations": "int8"}``.
         device_map: as in ``from_pretrained``.
         dtype: of activations and full-precision weights; "auto" is as stored.
 

@@ -7,7 +7,7 @@ import logging
 import platform
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +42,7 @@ class Judge:
         folder: Path,
         original: Callable[[], PreTrainedModel] | None,
         *,
-        backend: str,
+        backend: str | Mapping[str, Any],
         device: torch.device,
         num_samples: int,
     ) -> dict[str, Any]:

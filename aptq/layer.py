@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class PackedLinear(nn.Module):
         self.packed_names = tuple(layout)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype)) if bias else None
         self._backend: Backend | None = None
-        self._requested = "auto"
+        self._requested: str | Mapping[str, Any] = "auto"
         self._installed: Mapping[str, Backend] | None = None
         self._spec = self._make_spec()
         self._reads: dict[str, str] = {}  # name that the backend reads -> attribute that holds it
@@ -81,13 +82,16 @@ class PackedLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         return self.format.dequantize(self.format.unpack(self.packed(), self.option, shape), self.option)
 
-    def select_backend(self, backend: str = "auto", installed: Mapping[str, Backend] | None = None) -> None:
+    def select_backend(
+        self, backend: str | Mapping[str, Any] = "auto", installed: Mapping[str, Backend] | None = None
+    ) -> None:
         """Choose what multiplies this layer, and let it prepare its tensors; call once the tensors are loaded.
 
         Moving the layer to another device or dtype later chooses again.
 
         Args:
-            backend: a backend's name, or "auto" for the best that accepts this layer.
+            backend: a backend's name, or a mapping with its name and options; or "auto" for the best that accepts this
+                layer.
             installed: backends to choose from by name; default: all that are installed.
 
         Raises:
@@ -112,8 +116,9 @@ class PackedLinear(nn.Module):
                 "This packed layer has no backend yet: load the model with from_pretrained or aptq.load, "
                 "or call select_backend() after loading its tensors."
             )
-        tensors = {name: self.get_buffer(attribute) for name, attribute in self._reads.items()}
-        y = self._backend.matmul(x, tensors, self._spec)
+        buffers = self._buffers  # get_buffer() takes as long as a small product
+        tensors = {name: buffers[attribute] for name, attribute in self._reads.items()}
+        y = self._backend.matmul(x, tensors, self._spec)  # type: ignore[arg-type]  # each is a tensor
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

@@ -69,7 +69,7 @@ class Experiment:
     exporters: Mapping[str, Exporter]  # the native one first; its model is verified, judged and exported anew
     evaluator: Evaluator | None
     target: Target
-    backend: str
+    backend: Mapping[str, Any]  # name and options, as in the config
     fabric: Fabric
     callbacks: Callbacks
     config: Mapping[str, Any]  # the resolved config, as it is recorded

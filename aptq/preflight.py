@@ -163,12 +163,11 @@ def _check_activations(experiment: Experiment) -> None:
         )
     for name, exporter in experiment.exporters.items():
         check_stores_activations(exporter, name)
-    if experiment.backend != "auto":
-        backend = registry.build("backend", {"name": experiment.backend})
+    name = experiment.backend["name"]
+    if name != "auto":
+        backend = registry.build("backend", experiment.backend)
         if not (isinstance(backend, ActivationBackend) and backend.quantizes_activations):
-            raise AptqError(
-                f"backend={experiment.backend} cannot quantize a layer's inputs, as {asked} asks; use backend=auto."
-            )
+            raise AptqError(f"backend={name} cannot quantize a layer's inputs, as {asked} asks; use backend=auto.")
 
 
 def check_stores_activations(exporter: Exporter, name: str) -> None:

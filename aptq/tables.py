@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from aptq.benchmark import Result
 from aptq.plan import option_labels
 from aptq.run import Run
 
@@ -69,6 +70,42 @@ def print_perplexity(measures: Mapping[str, Mapping[str, float]], model: str) ->
         for name, value in values.items():
             table.add_row(measure, name, _figure(value))
     Console().print(table)
+
+
+def print_benchmark(found: Result, folder: Path) -> None:
+    """Print a row for each layer and backend, why others were not timed, and where the figures are."""
+    console = Console()
+    table = Table(title="Products with packed weights", title_justify="left")
+    headings = (
+        "shape",
+        "rows",
+        "bits",
+        "group",
+        "dtype",
+        "backend",
+        "ms",
+        "middle half",
+        "x bf16",
+        "error",
+        "bandwidth",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("shape", "dtype", "backend") else "right")
+    for row, spread in zip(found.rows, found.spread, strict=True):
+        table.add_row(
+            "x".join(map(str, row["shape"])),
+            *(str(row[key]) for key in ("rows", "bits", "group_size", "dtype")),
+            escape(row["backend"]),
+            f"{1e3 * row['seconds']:.3f}",
+            f"{1e3 * spread.low:.3f}-{1e3 * spread.high:.3f}",
+            f"{row['speedup']:.2f}",
+            f"{row['relative_error']:.1e}",
+            f"{100 * row['bandwidth_fraction']:.0f} %",
+        )
+    console.print(table)
+    for refusal in found.refusals:
+        console.print(f"{refusal.backend} did not run {refusal.case}: {refusal.reason}", highlight=False, markup=False)
+    console.print(f"Wrote [bold]{escape(str(folder / 'benchmark.json'))}[/]", soft_wrap=True, highlight=False)
 
 
 def _figure(value: float | None) -> str:

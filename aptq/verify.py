@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ CHECKED = 128  # tokens of a sample: a block's later tokens do not change its ea
 _FAULT = "This is a fault of the exporter, the format or the backend; the blocks are kept in the run folder."
 
 
-def verify(folder: Path, walk: Walk, expected: Tensor, backend: str) -> float:
+def verify(folder: Path, walk: Walk, expected: Tensor, backend: str | Mapping[str, Any]) -> float:
     """Hold a written model against the quantized one in memory.
 
     transformers loads it as it would for a user, but for the data; its files hold the tensors of that model and no
@@ -88,7 +89,9 @@ class _Written:
             )
 
 
-def _logits(walk: Walk, layers: Mapping[str, PackedLinear], written: _Written, backend: str) -> Tensor:
+def _logits(
+    walk: Walk, layers: Mapping[str, PackedLinear], written: _Written, backend: str | Mapping[str, Any]
+) -> Tensor:
     """Send a walk through the packed layers and return its logits."""
 
     installed, _ = installed_backends()

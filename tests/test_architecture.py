@@ -22,6 +22,8 @@ HELPERS = {"aptq.api", "aptq.errors", "aptq.names", "aptq.packing"}
 """What components may import besides their own package: contracts, errors, functions on tensors and on names."""
 
 ALSO = {
+    # Native code has no component's name, and its package stands by itself.
+    "aptq.backends": {"aptq.kernels.cpu"},
     # Writing model folders is the exporters' work, and aptq.hf says what transformers reads of the native one.
     # Which module is the attention, and which layers are in it, is read from the model in one place.
     "aptq.hessians": {"aptq.models.structure"},

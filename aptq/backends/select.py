@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from aptq import registry
 from aptq.api import ActivationBackend, AptqError, Backend, LayerSpec
@@ -21,13 +22,14 @@ def installed_backends() -> tuple[dict[str, Backend], dict[str, str]]:
 
 
 def choose_backend(
-    spec: LayerSpec, name: str = "auto", installed: Mapping[str, Backend] | None = None
+    spec: LayerSpec, backend: str | Mapping[str, Any] = "auto", installed: Mapping[str, Backend] | None = None
 ) -> tuple[Backend, dict[str, str]]:
     """Return the backend for a layer, and by name why others refused it.
 
     Args:
         spec: what the layer needs.
-        name: one backend's name, or "auto" for the first that accepts, highest priority first.
+        backend: one backend's name, or a mapping with its name and options; or "auto" for the first that accepts,
+            highest priority first.
         installed: backends to choose from; default: all that are installed.
 
     Raises:
@@ -36,15 +38,18 @@ def choose_backend(
     refusals: dict[str, str] = {}
     if installed is None:
         installed, refusals = installed_backends()
-    if name != "auto" and name not in installed:  # unknown or broken: the registry says which, and what to do
-        installed = {**installed, name: registry.build("backend", {"name": name})}
+    config = {"name": backend} if isinstance(backend, str) else backend
+    name = str(config.get("name"))
+    if name != "auto" and (name not in installed or len(config) > 1):
+        # Of one that is unknown or broken, the registry says which it is, and what to do.
+        installed = {**installed, name: registry.build("backend", config)}
     ranked = sorted(installed.items(), key=lambda item: (-item[1].priority, item[0]))
-    for candidate, backend in ranked:
-        reason = _ignores_activations(backend, spec) or backend.refuses(spec)
+    for candidate, ready in ranked:
+        reason = _ignores_activations(ready, spec) or ready.refuses(spec)
         if reason is not None:
             refusals[candidate] = reason
         elif name in ("auto", candidate):
-            return backend, refusals
+            return ready, refusals
     raise AptqError(_message(spec, name, refusals))
 
 

@@ -1,0 +1,124 @@
+"""The backend for x86 CPUs: C++ that reads the packed codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from aptq import packing
+from aptq.api import AptqError, LayerSpec
+from aptq.backends.meaning import Integers, Levels, meaning_of
+from aptq.kernels.cpu import ARCHITECTURES, TYPES, load_kernels
+
+_UNIT = packing.UNIT
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """Multiply by the codes themselves, with AVX2 or AVX-512.
+
+    Activations become fixed-point numbers within each run of at most 128 inputs: of 24 bits from float32, of 16 bits
+    from half precision, so that all sums are exact integers and the result is as good as the dtype. With
+    ``activations="int8"`` they have 8 bits, which is faster and off by about a percent. A row with NaN or infinity
+    gives NaN.
+
+    The kernels are built with the system's compiler when the first layer asks for them, and kept in ``cache_dir``.
+    ``architecture="native"`` uses all that the CPU has, ``x86-64-v3`` AVX2, ``x86-64-v4`` AVX-512 without VNNI.
+
+    Raises:
+        AptqError: an option has a value that it cannot have.
+    """
+
+    activations: Literal["exact", "int8"] = "exact"
+    architecture: str = "native"
+    cache_dir: str = "~/.cache/aptq/kernels"
+
+    def __post_init__(self) -> None:
+        if self.activations not in ("exact", "int8"):
+            raise AptqError(f"backend.activations={self.activations!r} is not known; use exact or int8.")
+        if self.architecture not in ARCHITECTURES:
+            allowed = ", ".join(ARCHITECTURES)
+            raise AptqError(f"backend.architecture={self.architecture!r} is not known; use one of {allowed}.")
+
+    @property
+    def priority(self) -> int:
+        """Before ``reference``."""
+        return 50
+
+    def refuses(self, spec: LayerSpec) -> str | None:
+        """Refuse other devices, dtypes, group sizes and formats, and machines where the kernels cannot be built."""
+        if spec.device.type != "cpu":
+            return f"it runs on the CPU, not on {spec.device.type}"
+        if spec.dtype not in TYPES:
+            return (
+                f"it takes activations of float32, float16 and bfloat16, not {str(spec.dtype).removeprefix('torch.')}"
+            )
+        if (reason := _refuses_layout(spec)) is not None:
+            return reason
+        try:
+            load_kernels(self.architecture, self.cache_dir)
+        except AptqError as error:
+            return str(error)
+        return None
+
+    def prepack(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
+        """Return the checkpoint's own tensors, and the table of levels where the format has one."""
+        meaning = meaning_of(spec.format, spec.option)
+        if not isinstance(meaning, Levels):
+            return dict(tensors)
+        table = torch.zeros(16)
+        table[: len(meaning.levels)] = meaning.levels
+        return {**tensors, "levels": table}
+
+    def matmul(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
+        """Return ``x @ W^T`` for ``x [..., in]``, as ``[..., out]`` in the dtype of ``x``."""
+        y: Tensor = torch.ops.aptq.cpu_matmul(
+            x,
+            tensors["qweight"],
+            tensors["scales"],
+            tensors.get("scales_below"),
+            tensors.get("qzeros"),
+            tensors.get("levels"),
+            _group(spec),
+            self.activations == "int8",
+            self.architecture,
+            self.cache_dir,
+        )
+        return y
+
+
+def _group(spec: LayerSpec) -> int:
+    """Return the inputs that share a scale, a multiple of a unit: nothing lies behind the end of a row."""
+    size = spec.option.group_size
+    return -(-spec.in_features // _UNIT) * _UNIT if size == -1 or size >= spec.in_features else size
+
+
+def _refuses_layout(spec: LayerSpec) -> str | None:
+    """Say what of the format's codes or tensors the kernels cannot read."""
+    bits, size = spec.option.bits, spec.option.group_size
+    if _group(spec) % _UNIT:
+        return f"it takes groups of a multiple of {_UNIT} inputs and whole rows, not of {size}"
+    shape = (spec.out_features, spec.in_features)
+    layout = spec.format.packed_layout(spec.option, shape)
+    scales = (spec.option.num_groups(spec.in_features), spec.out_features)
+    expected: dict[str, set[Any]] = {
+        "qweight": {(packing.packed_shape(*shape, bits), torch.int32)},
+        "scales": {(scales, dtype) for dtype in TYPES},
+        "scales_below": {(scales, dtype) for dtype in TYPES},
+        "qzeros": {(packing.packed_shape(*scales, bits), torch.int32)},
+    }
+    for name, stored in layout.items():
+        if stored not in expected.get(name, ()):
+            return f"it cannot read {name} of format {spec.format_name}, {stored[1]} of shape {tuple(stored[0])}"
+    if len({layout[name][1] for name in layout if name.startswith("scales")}) > 1:
+        return f"it cannot read the scales of format {spec.format_name}, which have several dtypes"
+    meaning = meaning_of(spec.format, spec.option)
+    if meaning is None:
+        return f"it cannot read the codes of format {spec.format_name}: neither integers nor levels times a scale"
+    if not isinstance(meaning, Integers) and bits > 4:
+        return f"it reads levels of at most 4 bits, not {bits}"
+    return None

@@ -1,0 +1,1 @@
+"""Native code that multiplies packed weights."""

@@ -1,0 +1,7 @@
+"""Products with packed weights on x86 CPUs: C++ that is built when it is first needed."""
+
+from aptq.kernels.cpu import ops
+from aptq.kernels.cpu.build import ARCHITECTURES
+from aptq.kernels.cpu.library import TYPES, load_kernels
+
+__all__ = ["ARCHITECTURES", "TYPES", "load_kernels", "ops"]

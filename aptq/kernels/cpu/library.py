@@ -1,0 +1,116 @@
+"""The C++ kernels as Python functions on tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from aptq.errors import AptqError
+from aptq.kernels.cpu.build import build
+
+TILE = 32
+"""Outputs that the kernels compute together."""
+
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""The kernels' numbers of the dtypes that they read and write."""
+
+_INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+class _Layer(ctypes.Structure):
+    """``struct Layer`` of source/problem.h."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("qweight", "scales", "below", "qzeros", "levels")),
+        *((name, _INT) for name in ("inputs", "outputs", "group", "bits", "scale_type")),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A packed layer as the kernels read it; every tensor is contiguous."""
+
+    qweight: Tensor  # int32 [ceil(in / 32), bits, out]
+    scales: Tensor  # [groups, out]
+    below: Tensor | None  # [groups, out]: scales of levels below 0, where those have their own
+    qzeros: Tensor | None  # int32 [ceil(out / 32), bits, groups]; None: every zero is 2^(bits - 1)
+    levels: Tensor | None  # float32 [16]: what codes stand for; None: integers
+    in_features: int
+    group: int  # inputs that share a scale, a multiple of 32
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.scales.shape[1]
+
+    def struct(self) -> _Layer:
+        """Return what the kernels take; it holds no reference to the tensors."""
+        return _Layer(
+            self.qweight.data_ptr(),
+            self.scales.data_ptr(),
+            None if self.below is None else self.below.data_ptr(),
+            None if self.qzeros is None else self.qzeros.data_ptr(),
+            None if self.levels is None else self.levels.data_ptr(),
+            self.in_features,
+            self.out_features,
+            self.group,
+            self.qweight.shape[1],
+            TYPES[self.scales.dtype],
+        )
+
+
+class Library:
+    """The functions of one build."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            library = ctypes.CDLL(path)
+        except OSError as error:
+            raise AptqError(f"the built kernels {path} cannot be loaded: {error}") from error
+        self._multiply, self._dense = library.aptq_multiply, library.aptq_dense
+        self._multiply.argtypes = [_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT]
+        self._dense.argtypes = [_POINTER, _INT, _INT, _POINTER, _INT, _INT, _INT]
+        self._multiply.restype = self._dense.restype = None
+        library.aptq_fast_bytes.restype = _INT
+        self.fast_bytes: bool = library.aptq_fast_bytes() == 1
+        """Whether a product of bytes is one instruction here: with it, integers beat any dense float32 product."""
+
+    def multiply(self, x: Tensor, layer: Packed, digits: int) -> Tensor:
+        """Return ``x W^T``, ``[rows, out]``, for a contiguous ``x [rows, in]`` of a dtype in ``TYPES``.
+
+        Args:
+            x: activations.
+            layer: the weight.
+            digits: bytes that an activation becomes where codes are integers: 1 to 3.
+        """
+        y = x.new_empty(x.shape[0], layer.out_features)
+        struct, rows, threads = layer.struct(), x.shape[0], torch.get_num_threads()
+        self._multiply(ctypes.byref(struct), x.data_ptr(), y.data_ptr(), rows, TYPES[x.dtype], digits, threads)
+        return y
+
+    def dense(self, layer: Packed, begin: int, end: int, room: Tensor) -> Tensor:
+        """Write ``W^T [in, end - begin]`` of some outputs into ``room`` and return that part of it.
+
+        Args:
+            layer: the weight.
+            begin: the first of the outputs, a multiple of ``TILE``.
+            end: behind the last one.
+            room: ``[in, end - begin]`` with both rounded up to multiples of ``TILE``, contiguous, float32 or bfloat16.
+        """
+        struct, stride, kind = layer.struct(), room.shape[1], TYPES[room.dtype]
+        self._dense(ctypes.byref(struct), begin, end, room.data_ptr(), stride, kind, torch.get_num_threads())
+        return room[: layer.in_features, : end - begin]
+
+
+@cache
+def load_kernels(architecture: str, folder: str) -> Library:
+    """Return the kernels for an architecture, built where that was never done (see ``build``).
+
+    Raises:
+        AptqError: they cannot be built or loaded.
+    """
+    return Library(str(build(architecture, folder)))

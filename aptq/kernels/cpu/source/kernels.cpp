@@ -1,0 +1,133 @@
+// Products with packed weights; the C ABI that aptq/kernels/cpu/library.py binds.
+#include "dense.h"
+#include "integer.h"
+#include "pool.h"
+
+// Memory that is given back, aligned for vectors.
+template <class Element>
+struct Buffer {
+    Element* data;
+    explicit Buffer(int64_t count) {
+        int64_t size = (count * (int64_t)sizeof(Element) + 63) / 64 * 64 + 64;
+        data = (Element*)std::aligned_alloc(64, size);
+    }
+    ~Buffer() { std::free(data); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+};
+
+constexpr int64_t STRIP = 1024, LEAST_STRIP = 128;  // outputs that a thread takes at once
+constexpr int64_t STRIPS_PER_THREAD = 4;
+constexpr int64_t SLAB = 64;  // rows whose digits of a chunk stay in the cache
+constexpr int64_t WORTH_SHARING = 1 << 16;  // activations, to make digits of on several threads
+
+static void write_output(const float* sums, int64_t stride, int64_t rows, Range range, void* y, int64_t type, int64_t n) {
+    int64_t count = range.end - range.begin;
+    for (int64_t m = 0; m < rows; m++) {
+        const float* from = sums + m * stride;
+        int64_t to = m * n + range.begin, at = 0;
+        for (; at + LANES <= count; at += LANES) store_floats(y, type, to + at, load<Floats>(from + at));
+        for (; at < count; at++) {
+            alignas(64) char room[LANES * 4];
+            store_floats(room, type, 0, splat(from[at]));
+            std::memcpy((char*)y + (to + at) * size_of(type), room, size_of(type));
+        }
+    }
+}
+
+// Call `work(range, sums, stride)` for strips of outputs, and write what it adds up.
+template <class Work>
+static void in_strips(const Layer& layer, int64_t rows, void* y, int64_t type, int64_t threads, const Work& work) {
+    int64_t width = STRIP;
+    while (width > LEAST_STRIP && ceil_div(layer.outputs, width) < STRIPS_PER_THREAD * threads) width -= TILE;
+    if (threads == 1) width = ceil_div(layer.outputs, TILE) * TILE;
+    in_parallel(ceil_div(layer.outputs, width), threads, [&](int64_t part) {
+        Range range{part * width, part * width + width};
+        if (range.end > layer.outputs) range.end = layer.outputs;
+        Buffer<float> sums(rows * width);
+        std::memset(sums.data, 0, rows * width * 4);
+        work(range, sums.data, width);
+        write_output(sums.data, width, rows, range, y, type, layer.outputs);
+    });
+}
+
+template <int BITS, int D>
+static void integers(const Layer& layer, const void* x, void* y, int64_t rows, int64_t type, int64_t threads) {
+    int64_t chunks = chunks_of(layer), quads = ceil_div(layer.inputs, UNIT) * QUADS;
+    Buffer<int32_t> held(rows * quads * D), sums(rows * chunks * D);
+    Buffer<float> steps(rows * chunks);
+    Digits digits{held.data, steps.data, sums.data};
+    in_parallel(chunks, rows * layer.inputs < WORTH_SHARING ? 1 : threads,
+                [&](int64_t index) { digitize<D>(layer, x, type, rows, index, digits); });
+    in_strips(layer, rows, y, type, threads, [&](Range range, float* to, int64_t stride) {
+        multiply_range<BITS, D>(layer, digits, rows, range, to, stride);
+    });
+}
+
+template <int BITS>
+static void levels(const Layer& layer, const void* x, void* y, int64_t rows, int64_t type, int64_t threads) {
+    int64_t width = ceil_div(layer.inputs, UNIT) * UNIT;
+    Buffer<float> floats(rows * width);
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t k = 0; k < width; k++)
+            floats.data[m * width + k] = k < layer.inputs ? to_float(x, type, m * layer.inputs + k) : 0.0f;
+    in_strips(layer, rows, y, type, threads, [&](Range range, float* to, int64_t stride) {
+        multiply_levels_range<BITS>(layer, floats.data, width, rows, range, to, stride);
+    });
+}
+
+template <int BITS>
+static void product(const Layer& layer, const void* x, void* y, int64_t rows, int64_t type, int64_t digits,
+                    int64_t threads) {
+    if (layer.levels) {
+        if constexpr (BITS >= 2 && BITS <= 4) levels<BITS>(layer, x, y, rows, type, threads);
+    } else if (digits == 1) integers<BITS, 1>(layer, x, y, rows, type, threads);
+    else if (digits == 2) integers<BITS, 2>(layer, x, y, rows, type, threads);
+    else integers<BITS, 3>(layer, x, y, rows, type, threads);
+}
+
+template <class Run>
+static void by_bits(int64_t bits, Run&& run) {
+    each<8>([&](auto below) {
+        if (bits == below.value + 1) run(Constant<below.value + 1>{});
+    });
+}
+
+extern "C" {
+
+// Whether a product of bytes is one instruction.
+int64_t aptq_fast_bytes() {
+#if (defined(APTQ_AVX512) && defined(__AVX512VNNI__)) || (!defined(APTQ_AVX512) && defined(__AVXVNNI__))
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// y [rows, outputs] = x [rows, inputs] W^T, both of `type`; digits: bytes that an activation becomes, 1 to 3.
+void aptq_multiply(const Layer* layer, const void* x, void* y, int64_t rows, int64_t type, int64_t digits,
+                   int64_t threads) {
+    int64_t size = size_of(type);
+    for (int64_t first = 0; first < rows; first += SLAB)
+        by_bits(layer->bits, [&](auto bits) {
+            product<bits.value>(*layer, (const char*)x + first * layer->inputs * size,
+                                (char*)y + first * layer->outputs * size, rows - first < SLAB ? rows - first : SLAB,
+                                type, digits, threads);
+        });
+}
+
+// to [inputs, stride] of `type`, float32 or bfloat16, = W^T of the outputs from `begin`, a multiple of 32, to `end`. There
+// is room for whole tiles: inputs and `stride` are the next multiples of 32.
+void aptq_dense(const Layer* layer, int64_t begin, int64_t end, void* to, int64_t stride, int64_t type,
+                int64_t threads) {
+    in_parallel(ceil_div(end - begin, TILE), threads, [&](int64_t part) {
+        Range range{begin + part * TILE, begin + (part + 1) * TILE};
+        if (range.end > end) range.end = end;
+        char* place = (char*)to + part * TILE * size_of(type);
+        by_bits(layer->bits, [&](auto bits) {
+            if (type == FLOAT32) write_dense<bits.value, FLOAT32>(*layer, range, place, stride);
+            else write_dense<bits.value, BFLOAT16>(*layer, range, place, stride);
+        });
+    });
+}
+}

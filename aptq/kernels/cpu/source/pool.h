@@ -1,0 +1,83 @@
+// Threads that help with a job while it lasts. Nobody waits for a thread that has not begun: where the other cores are
+// busy, or a process was forked and has no other threads, the caller does all of the work itself.
+#pragma once
+
+#include <immintrin.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+struct Job {
+    void (*run)(const void* context, int64_t part);
+    const void* context;  // read only while a part is at work, which the caller waits for
+    int64_t parts, helpers;
+    std::atomic<int64_t> next{0}, done{0};
+
+    void work() {
+        for (int64_t part; (part = next.fetch_add(1)) < parts; done.fetch_add(1, std::memory_order_release))
+            run(context, part);
+    }
+};
+
+class Pool {
+    static constexpr int SPINS = 4000;  // pauses before a thread that finds nothing to do sleeps: some 50 microseconds
+    std::mutex mutex;
+    std::condition_variable wake;
+    std::shared_ptr<Job> job;
+    std::atomic<int64_t> posted{0};
+    int64_t threads = 0, sleeping = 0;
+
+    void serve(int64_t index) {
+        int64_t seen = 0;
+        for (;;) {
+            for (int spin = 0; spin < SPINS && posted.load(std::memory_order_acquire) == seen; spin++) _mm_pause();
+            std::shared_ptr<Job> mine;
+            {
+                std::unique_lock<std::mutex> lock(mutex);
+                sleeping++;
+                wake.wait(lock, [&] { return posted.load() != seen; });
+                sleeping--;
+                seen = posted.load();
+                mine = job;
+            }
+            if (index < mine->helpers) mine->work();
+        }
+    }
+
+   public:
+    // Never destroyed: its threads may be at work while the process ends.
+    static Pool& shared() {
+        static Pool* pool = new Pool;
+        return *pool;
+    }
+
+    void run(int64_t parts, int64_t workers, void (*work)(const void*, int64_t), const void* context) {
+        auto mine = std::make_shared<Job>();
+        mine->run = work, mine->context = context, mine->parts = parts, mine->helpers = workers - 1;
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            for (; threads < workers - 1; threads++) std::thread(&Pool::serve, this, threads).detach();
+            job = mine;
+            posted.fetch_add(1, std::memory_order_release);
+            if (sleeping) wake.notify_all();
+        }
+        mine->work();
+        while (mine->done.load(std::memory_order_acquire) < parts) _mm_pause();
+    }
+};
+
+// Call `work(part)` for each part below `parts`, on at most `threads` threads.
+template <class Work>
+static void in_parallel(int64_t parts, int64_t threads, const Work& work) {
+    if (threads > parts) threads = parts;
+    if (threads <= 1) {
+        for (int64_t part = 0; part < parts; part++) work(part);
+        return;
+    }
+    Pool::shared().run(
+        parts, threads, [](const void* context, int64_t part) { (*(const Work*)context)(part); }, &work);
+}

@@ -1,0 +1,149 @@
+// Vectors of 32-bit lanes: 16 with AVX-512, 8 with AVX2. Arithmetic is the compiler's own on vector types; only what it
+// has no operator for is spelled in intrinsics here.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define APTQ_AVX512 1
+constexpr int LANES = 16;
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+constexpr int LANES = 8;
+#else
+#error "aptq's kernels need AVX2 with FMA and F16C, or AVX-512 (F, BW, DQ, VL)"
+#endif
+
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+
+template <class Vector, class Element>
+static inline Vector load(const Element* from) {
+    Vector vector;
+    std::memcpy(&vector, from, sizeof vector);  // any alignment
+    return vector;
+}
+
+template <class Vector, class Element>
+static inline void store(Element* to, Vector vector) {
+    std::memcpy(to, &vector, sizeof vector);
+}
+
+static inline Ints splat(int32_t value) { return Ints{} + value; }
+static inline Words splat(uint32_t value) { return Words{} + value; }
+static inline Floats splat(float value) { return value - Floats{}; }
+static inline Floats to_floats(Ints ints) { return __builtin_convertvector(ints, Floats); }
+
+// Repeat a byte in all bytes of a word.
+constexpr uint32_t bytes(uint32_t byte) { return byte * 0x01010101u; }
+
+// Call `step(constant<0>)`, ..., `step(constant<Count - 1>)`.
+template <int Value>
+struct Constant {
+    static constexpr int value = Value;
+};
+template <class Step, int... Values>
+static inline __attribute__((always_inline)) void each(Step&& step, std::integer_sequence<int, Values...>) {
+    (step(Constant<Values>{}), ...);
+}
+template <int Count, class Step>
+static inline __attribute__((always_inline)) void each(Step&& step) {
+    each(static_cast<Step&&>(step), std::make_integer_sequence<int, Count>{});
+}
+
+#ifdef APTQ_AVX512
+static inline void store_low(uint16_t* to, Words words) {
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)words));
+}
+static inline Floats from_halves(const uint16_t* halves) {
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)halves));
+}
+static inline Floats from_bfloats(const uint16_t* halves) {
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)halves)), 16);
+}
+static inline void store_halves(uint16_t* to, Floats floats) {
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)floats, _MM_FROUND_TO_NEAREST_INT));
+}
+// Entry `index % 16` of a table for every lane.
+struct Table {
+    __m512 entries;
+    explicit Table(const float* from) : entries(_mm512_loadu_ps(from)) {}
+    Floats operator[](Words index) const { return (Floats)_mm512_permutexvar_ps((__m512i)index, entries); }
+};
+// sums + the products of 16-bit halves, added in pairs.
+static inline Ints dot_pairs(Ints sums, Ints left, Ints right) {
+#ifdef __AVX512VNNI__
+    return (Ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)left, (__m512i)right);
+#else
+    return sums + (Ints)_mm512_madd_epi16((__m512i)left, (__m512i)right);
+#endif
+}
+#ifndef __AVX512VNNI__
+static inline Ints dot_small(Words codes, Ints x) {
+    __m512i pairs = _mm512_maddubs_epi16((__m512i)codes, (__m512i)x);
+    return (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+}
+#endif
+#else
+static inline Floats from_halves(const uint16_t* halves) {
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)halves));
+}
+static inline Floats from_bfloats(const uint16_t* halves) {
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)halves)), 16);
+}
+static inline void store_low(uint16_t* to, Words words) {
+    __m256i low = (__m256i)(words & 0xFFFFu);
+    _mm_storeu_si128((__m128i*)to, _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+}
+static inline void store_halves(uint16_t* to, Floats floats) {
+    _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)floats, _MM_FROUND_TO_NEAREST_INT));
+}
+struct Table {
+    __m256 low, high;
+    explicit Table(const float* from) : low(_mm256_loadu_ps(from)), high(_mm256_loadu_ps(from + 8)) {}
+    Floats operator[](Words index) const {
+        __m256 below = _mm256_permutevar8x32_ps(low, (__m256i)index);
+        __m256 above = _mm256_permutevar8x32_ps(high, (__m256i)index);
+        return (Floats)_mm256_blendv_ps(below, above, (__m256)(index << 28));  // by bit 3, moved to the sign
+    }
+};
+static inline Ints dot_pairs(Ints sums, Ints left, Ints right) {
+    return sums + (Ints)_mm256_madd_epi16((__m256i)left, (__m256i)right);
+}
+#ifndef __AVXVNNI__
+static inline Ints dot_small(Words codes, Ints x) {
+    __m256i pairs = _mm256_maddubs_epi16((__m256i)codes, (__m256i)x);
+    return (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#endif
+#endif
+
+// sums + the products of four unsigned codes and four signed bytes, added; exact.
+template <int BITS>
+static inline Ints dot(Ints sums, Words codes, Ints x) {
+#if defined(APTQ_AVX512) && defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)x);
+#elif !defined(APTQ_AVX512) && defined(__AVXVNNI__)
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, (__m256i)x);
+#else
+    if constexpr (BITS < 8) return sums + dot_small(codes, x);
+    // Pairs of products with codes above 127 do not fit into 16 bits: the highest bit goes by itself.
+    return sums + dot_small(codes & bytes(0x7F), x) + (dot_small((codes >> 7) & bytes(1), x) << 7);
+#endif
+}
+
+// Round to bfloat16, ties to even; NaN stays NaN.
+static inline void store_bfloats(uint16_t* to, Floats floats) {
+#if defined(APTQ_AVX512) && defined(__AVX512BF16__)
+    __m256bh rounded = _mm512_cvtneps_pbh((__m512)floats);
+    std::memcpy(to, &rounded, sizeof rounded);
+#else
+    Words bits = (Words)floats;
+    Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    store_low(to, floats == floats ? rounded : splat(0x7FC0u));
+#endif
+}

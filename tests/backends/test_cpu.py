@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from aptq import packing
+from aptq.api import AptqError, Backend, Format, LayerSpec, Option
+from aptq.backends.cpu import Cpu
+from aptq.backends.reference import Reference
+from aptq.backends.select import choose_backend
+from aptq.formats.asymmetric_float import AsymmetricFloat
+from aptq.formats.float import Float
+from aptq.formats.integer import Integer
+from aptq.layer import PackedLinear
+from aptq.testing import check_backend
+
+CPU = Cpu()
+FORMATS = {
+    "integer": Integer(),
+    "symmetric": Integer(symmetric=True, scale_dtype="bfloat16"),
+    "float32 scales": Integer(scale_dtype="float32"),
+    "normal": Float(),
+    "fp": Float(code="fp", scale_dtype="bfloat16"),
+    "two-sided": AsymmetricFloat(),
+}
+
+
+def spec_of(
+    format: Format, option: Option, shape: tuple[int, int] = (70, 200), dtype: torch.dtype = torch.float32
+) -> LayerSpec:
+    return LayerSpec(
+        out_features=shape[0],
+        in_features=shape[1],
+        format=format,
+        format_name="anything",
+        option=option,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+
+
+def layer_of(
+    format: Format, option: Option, shape: tuple[int, int] = (70, 200), bias: bool = False
+) -> tuple[PackedLinear, Tensor]:
+    """Return a packed layer of random codes, not of a weight's, and its dense weight in float64."""
+    generator = torch.Generator().manual_seed(3)
+    layer = PackedLinear(shape[1], shape[0], bias=bias, format=format, format_name="anything", option=option)
+    groups = option.num_groups(shape[1])
+    count = (1 << option.bits) - (format == FORMATS["fp"])  # of fp, one code has no level
+    state = {"qweight": packing.pack(torch.randint(0, count, shape, generator=generator), option.bits)}
+    for name in ("scales", "scales_below"):
+        if name in layer.packed_names:
+            state[name] = (0.01 + torch.rand(groups, shape[0], generator=generator)).to(layer.get_buffer(name).dtype)
+    if "qzeros" in layer.packed_names:
+        zeros = torch.randint(0, 1 << option.bits, (groups, shape[0]), generator=generator)
+        state["qzeros"] = packing.pack(zeros, option.bits)
+    if bias:
+        state["bias"] = torch.randn(shape[0], generator=generator)
+    layer.load_state_dict(state)
+    return layer, layer.dense().double()
+
+
+def test_it_is_a_backend_before_the_reference() -> None:
+    assert isinstance(CPU, Backend)
+    spec = spec_of(Integer(), Option(4, 64))
+    assert isinstance(choose_backend(spec)[0], Cpu)
+    assert CPU.priority > Reference().priority
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_conformance(format: Format) -> None:
+    check_backend(CPU, format=format, bits=(3, 4), shapes=((64, 128), (5, 33)), group_sizes=(32, 64, -1))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_are_those_of_float64(name: str, bits: int, threads: int) -> None:
+    format = FORMATS[name]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for shape, group in (((70, 200), 64), ((33, 129), 96), ((200, 330), 160), ((40, 300), -1)):
+            option = Option(bits, group)
+            try:
+                format.check(option, shape)
+            except AptqError:
+                continue
+            layer, dense = layer_of(format, option, shape)
+            layer.select_backend("cpu", {"cpu": CPU})
+            for rows in (1, 2, 3, 7, 40, 70):
+                x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows))
+                y = layer(x).double()
+                assert (y - x.double() @ dense.T).norm() <= 1e-6 * (x.double() @ dense.T).norm(), (shape, rows)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("name", FORMATS)
+def test_half_precision_is_as_good_as_its_own_rounding(name: str, rows: int, dtype: torch.dtype) -> None:
+    layer, dense = layer_of(FORMATS[name], Option(4, 64))
+    layer = layer.to(dtype)
+    layer.select_backend("cpu", {"cpu": CPU})
+    x = torch.randn(rows, 200).to(dtype)
+    y, exact = layer(x), x.double() @ dense.T
+    assert y.dtype == dtype
+    assert (y.double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
+
+
+def test_a_bias_and_any_leading_shape() -> None:
+    layer, dense = layer_of(Integer(), Option(3, 64), bias=True)
+    layer.select_backend("cpu", {"cpu": CPU})
+    for leading in ((), (0,), (1, 1), (2, 3, 4)):
+        x = torch.randn(*leading, 200)
+        exact = x.double() @ dense.T + layer.bias
+        torch.testing.assert_close(layer(x).double(), exact, rtol=1e-5, atol=1e-4)
+    strided = torch.randn(200, 5).T
+    torch.testing.assert_close(layer(strided), layer(strided.contiguous()))
+
+
+def test_the_checkpoints_tensors_are_shared_and_nothing_grows() -> None:
+    layer, _ = layer_of(Integer(), Option(4, 64))
+    layer.select_backend("cpu", {"cpu": CPU})
+    assert {name for name, _ in layer.named_buffers()} == set(layer.packed_names)
+
+
+def test_int8_activations_are_off_by_a_percent() -> None:
+    layer, dense = layer_of(Integer(), Option(4, 64))
+    for activations, low, high in (("int8", 1e-4, 2e-2), ("exact", 0.0, 1e-6)):
+        layer.select_backend("cpu", {"cpu": Cpu(activations=activations)})  # type: ignore[arg-type]
+        x = torch.randn(3, 200)
+        exact = x.double() @ dense.T
+        assert low <= (layer(x).double() - exact).norm() / exact.norm() <= high
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_so_in_its_row(bad: float) -> None:
+    layer, _ = layer_of(Integer(), Option(4, 64))
+    layer.select_backend("cpu", {"cpu": CPU})
+    x = torch.randn(3, 200)
+    x[1, 150] = bad
+    y = layer(x)
+    assert y[[0, 2]].isfinite().all()
+    assert not y[1].isfinite().any()
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e30])
+def test_tiny_and_huge_activations(scale: float) -> None:
+    layer, dense = layer_of(Integer(), Option(4, 64))
+    layer.select_backend("cpu", {"cpu": CPU})
+    x = torch.randn(1, 200) * scale
+    torch.testing.assert_close(layer(x).double(), x.double() @ dense.T, rtol=1e-3, atol=1e-39)
+
+
+def test_an_outlier_hides_nothing_that_the_result_could_show() -> None:
+    layer, dense = layer_of(Integer(), Option(4, 128), (70, 512))
+    layer.select_backend("cpu", {"cpu": CPU})
+    x = torch.randn(4, 512)
+    x[:, 7] = 3e4
+    exact = x.double() @ dense.T
+    assert (layer(x).double() - exact).norm() <= 1e-6 * exact.norm()
+
+
+class Cubes(Integer):
+    """Stored as symmetric integers are, and means something else."""
+
+    def dequantize(self, quantized, option):  # type: ignore[no-untyped-def]
+        return super().dequantize(quantized, option) ** 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (spec_of(Integer(), Option(4, 48)), "multiple of 32 inputs and whole rows, not of 48"),
+        (spec_of(Integer(), Option(4, 64), dtype=torch.float64), "float32, float16 and bfloat16, not float64"),
+        (spec_of(Cubes(), Option(4, 64)), "neither integers nor levels"),
+    ],
+)
+def test_refusals_tell_why(spec: LayerSpec, reason: str) -> None:
+    assert reason in str(CPU.refuses(spec))
+
+
+def test_without_a_compiler_auto_takes_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    installed = {"cpu": Cpu(cache_dir=str(tmp_path / "none")), "reference": Reference()}
+    chosen, refusals = choose_backend(spec_of(Integer(), Option(4, 64)), "auto", installed)
+    assert chosen is installed["reference"]
+    assert "no C++ compiler is on the PATH" in refusals["cpu"]
+    with pytest.raises(AptqError, match=r"cpu cannot run .*no C\+\+ compiler.*backend=auto"):
+        choose_backend(spec_of(Integer(), Option(4, 64)), "cpu", installed)
+
+
+@pytest.mark.parametrize("options", [{"activations": "int4"}, {"architecture": "armv8"}])
+def test_options_that_cannot_be(options: dict[str, str]) -> None:
+    with pytest.raises(AptqError, match="is not known; use"):
+        Cpu(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["x86-64-v3", "x86-64-v4"])
+def test_other_instruction_sets_give_the_same(architecture: str) -> None:
+    other = Cpu(architecture=architecture)
+    if reason := other.refuses(spec_of(Integer(), Option(4, 64))):
+        pytest.skip(reason)
+    for format in FORMATS.values():
+        for bits in (2, 3, 4, 5, 6, 7, 8) if isinstance(format, Integer) else (3, 4):
+            layer, dense = layer_of(format, Option(bits, 64))
+            layer.select_backend("cpu", {"cpu": other})
+            for rows in (1, 7, 40):
+                x = torch.randn(rows, 200)
+                exact = x.double() @ dense.T
+                assert (layer(x).double() - exact).norm() <= 1e-6 * exact.norm()

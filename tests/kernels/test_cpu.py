@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from aptq import packing
+from aptq.api import AptqError
+from aptq.backends.cpu import Cpu
+from aptq.kernels.cpu import load_kernels, ops
+from aptq.kernels.cpu.build import build
+from aptq.kernels.cpu.library import TYPES, Packed
+
+FOLDER = Cpu().cache_dir
+
+
+def random_layer(
+    out_features: int, in_features: int, bits: int, group: int, *, zeros: bool, seed: int = 0
+) -> tuple[Packed, Tensor]:
+    """Return a packed layer of integers and its dense weight in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = -(-in_features // group)
+    codes = torch.randint(0, 1 << bits, (out_features, in_features), generator=generator)
+    scales = (torch.rand(groups, out_features, generator=generator) + 0.01).half()
+    zero = torch.full((groups, out_features), 1 << (bits - 1))
+    if zeros:
+        zero = torch.randint(0, 1 << bits, zero.shape, generator=generator)
+    qzeros = packing.pack(zero, bits) if zeros else None
+    spread = [each.double().repeat_interleave(group, 0)[:in_features].T for each in (zero, scales)]
+    layer = Packed(packing.pack(codes, bits), scales, None, qzeros, None, in_features, group)
+    return layer, (codes - spread[0]) * spread[1]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    out_features=st.integers(1, 80),
+    in_features=st.integers(1, 300),
+    bits=st.integers(1, 8),
+    group=st.sampled_from([32, 64, 96, 128, 160, 320]),
+    rows=st.integers(1, 9),
+    zeros=st.booleans(),
+    dtype=st.sampled_from(list(TYPES)),
+    spread=st.floats(0, 6),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_and_values(
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group: int,
+    rows: int,
+    zeros: bool,
+    dtype: torch.dtype,
+    spread: float,
+    seed: int,
+) -> None:
+    layer, dense = random_layer(out_features, in_features, bits, group, zeros=zeros, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, in_features, generator=generator)
+    x = (x * torch.exp(spread * torch.randn(in_features, generator=generator)).clamp(max=1e3)).to(dtype)
+    y = load_kernels("native", FOLDER).multiply(x, layer, 3)
+    exact = x.double() @ dense.T
+    largest = x.double().abs() @ dense.abs().T
+    assert ((y.double() - exact).abs() <= 1.5e-6 * largest + torch.finfo(dtype).eps * exact.abs() + 1e-7).all()
+
+
+def test_every_output_is_written_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs begin as NaN, inside a larger tensor whose rest stays as it is."""
+    for bits, (out_features, in_features) in ((1, (33, 70)), (4, (1, 1)), (3, (97, 64)), (8, (31, 33))):
+        layer, dense = random_layer(out_features, in_features, bits, 32, zeros=True)
+        guarded = torch.full((5, 3 + 2, out_features), float("nan"))
+
+        def poisoned(self: Tensor, *shape: int, room: Tensor = guarded) -> Tensor:
+            return room[1].view(-1)[: shape[0] * shape[1]].view(shape)
+
+        x = torch.randn(3, in_features)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_empty", poisoned)
+            y = load_kernels("native", FOLDER).multiply(x, layer, 3)
+        torch.testing.assert_close(y.double(), x.double() @ dense.T, rtol=1e-5, atol=1e-4)
+        assert guarded[[0, 2, 3, 4]].isnan().all()
+        assert guarded[1].view(-1)[3 * out_features :].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_dense_strips_are_the_weight(bits: int, dtype: torch.dtype) -> None:
+    layer, dense = random_layer(70, 45, bits, 32, zeros=True)
+    kernels = load_kernels("native", FOLDER)
+    room = torch.full((64, 64), float("nan"), dtype=dtype)
+    for begin, end in ((0, 64), (64, 70), (32, 70)):
+        strip = kernels.dense(layer, begin, end, room)
+        assert torch.equal(strip, dense[begin:end].T.float().to(dtype))
+
+
+def arguments(x: Tensor, bits: int = 4) -> tuple[object, ...]:
+    layer, _ = random_layer(40, x.shape[-1], bits, 32, zeros=True)
+    return x, layer.qweight, layer.scales, None, layer.qzeros, None, 32, False, "native", FOLDER
+
+
+@pytest.mark.parametrize("dtype", list(TYPES))
+@pytest.mark.parametrize("leading", [(), (3,), (2, 1, 3)])
+def test_opcheck(leading: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.library.opcheck(torch.ops.aptq.cpu_matmul, arguments(torch.randn(*leading, 70).to(dtype)))
+
+
+def test_many_rows_go_by_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_ROOM", 64 * 96)  # several strips of a small layer
+    layer, dense = random_layer(150, 70, 3, 32, zeros=False)
+    kernels = load_kernels("native", FOLDER)
+    x = torch.randn(9, 70)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
+        y = ops._by_strips(kernels, layer, x.to(dtype)).double()
+        exact = x.to(dtype).double() @ dense.T
+        assert (y - exact).norm() <= tolerance * exact.norm()
+
+
+def test_a_build_that_fails_says_what_the_compiler_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'kernels.cpp:1: error: no such luck' >&2\nexit 1\n")
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(AptqError, match=r"c\+\+ failed: kernels.cpp:1: error: no such luck"):
+        build("native", str(tmp_path / "cache"))
+
+
+def test_a_cpu_without_avx2_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho '#define __AVX2__ 1'\n")
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(AptqError, match="the CPU lacks FMA, F16C"):
+        build("native", str(tmp_path / "cache"))
+
+
+def test_processes_that_build_at_once_end_with_one_file(tmp_path: Path) -> None:
+    """With a compiler that only pretends, since what is looked at is the files."""
+    real = subprocess.run(["sh", "-c", "command -v c++"], capture_output=True, text=True, check=True).stdout.strip()
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        f'#!/bin/sh\nfor last; do :; done\ncase "$*" in *-dM*) exec {real} "$@";; esac\n'
+        'sleep 0.5\necho built > "$last"\n'
+    )
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    code = f"from aptq.kernels.cpu.build import build; print(build('native', {str(tmp_path / 'cache')!r}))"
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    paths = {process.communicate()[0].strip() for process in started}
+    assert [process.returncode for process in started] == [0, 0]
+    (path,) = paths
+    assert [each.name for each in (tmp_path / "cache").iterdir()] == [Path(path).name]
+    assert Path(path).read_text() == "built\n"
