@@ -75,6 +75,8 @@ def print_perplexity(measures: Mapping[str, Mapping[str, float]], model: str) ->
 def print_benchmark(found: Result, folder: Path) -> None:
     """Print a row for each layer and backend, why others were not timed, and where the figures are."""
     console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width
+        console = Console(width=120)
     table = Table(title="Products with packed weights", title_justify="left")
     headings = (
         "shape",
@@ -90,7 +92,8 @@ def print_benchmark(found: Result, folder: Path) -> None:
         "bandwidth",
     )
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("shape", "dtype", "backend") else "right")
+        left = heading in ("shape", "dtype", "backend")
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for row, spread in zip(found.rows, found.spread, strict=True):
         table.add_row(
             "x".join(map(str, row["shape"])),

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -208,4 +209,9 @@ def _row(
 
 def _cpu_name() -> str:
     """Name the processor and how many threads are used."""
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        told = ""
+    name = next((line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")), "")
+    return f"{name or platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
