@@ -29,6 +29,8 @@ from runs import Job, add_options, console, footer, full_precision, mean_and_ran
 HERE = Path(__file__).resolve().parent
 UNIFORM = "the same bits everywhere"
 AUTOROUND = "AutoRound's own plan"
+MIXED = "output, integers and AFPQ in one plan"
+MIXED_VECTORS = "output, integers, AFPQ and VPTQ in one plan"
 _OVERHEAD = 0.297
 """Stored bits a weight beyond 3 bits of code, in groups of 64: a scale in 16 bits and a zero point."""
 _KNAPSACK = ["allocator=knapsack", "allocator.bits=[2,3,4,8]"]
@@ -41,6 +43,15 @@ ROWS: dict[str, list[str]] = {
     "output, groups of 32, 64 or 128": [
         *("allocator=knapsack", "allocator.bits=[2,3,4]", "metric=output", "metric.samples=4"),
         *("allocator.group_sizes=[32,64,128]", "allocator.count=storage"),
+    ],
+    MIXED: [
+        *("allocator=knapsack", "allocator.bits=[2,3,4]", "metric=output", "allocator.count=storage", "format=mixed"),
+        *("format.formats.integer.group_size=64", "format.formats.asymmetric_float.group_size=128"),
+    ],
+    MIXED_VECTORS: [
+        *("allocator=knapsack", "allocator.bits=[2,3,4]", "metric=output", "metric.samples=8"),
+        *("allocator.count=storage", "format=mixed", "+format@format.formats.vector=vector"),
+        *("format.formats.integer.group_size=64", "format.formats.asymmetric_float.group_size=128"),
     ],
     "output, then measured": ["allocator=measured", "allocator.bits=[2,3,4,8]", "metric=output"],
     "divergence, a layer at a time (ModelOpt's KL score)": [*_KNAPSACK, "metric=divergence", "metric.last_tokens=128"],
@@ -99,7 +110,7 @@ def jobs(options: argparse.Namespace, folder: Path) -> Iterator[Job]:
             yield Job(
                 row=row,
                 fields={"budget": budget},
-                words=[*job, *audit, "format.group_size=64"],
+                words=[*job, *audit, *([] if "format=mixed" in job else ["format.group_size=64"])],
                 overrides=ROWS[row],
                 seed=seed,
                 baseline=row == UNIFORM,

@@ -102,7 +102,7 @@ def _round_all(grid: Grid, weight: Tensor, case: str) -> tuple[Tensor, Tensor]:
     if isinstance(grid, EntryGrid):
         _check_entries(grid, columns, codes, values, case)
     _, again = grid.round(values.clone(), slice(None))
-    expect_same_levels(again, values, f"{case}: a value that round() gave, rounded again")
+    expect_same_levels(grid, again, values, f"{case}: a value that round() gave, rounded again")
     return codes, values
 
 

@@ -142,7 +142,9 @@ def _quantize(
     values = format.dequantize(rounded.weight, option)
     columns = values.reshape(heads, -1, values.shape[-1]).transpose(1, 2)
     again = rounded.grid.round(columns, slice(None))[1].transpose(1, 2).reshape(values.shape)
-    expect_same_levels(again, values, f"{case}: rounding the result once more on the grid that came with it")
+    expect_same_levels(
+        rounded.grid, again, values, f"{case}: rounding the result once more on the grid that came with it"
+    )
     return rounded.weight
 
 
