@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from aptq import registry
 from aptq.api import Backend, Exporter
 from aptq.backends.select import installed_backends
-from aptq.benchmark import Benchmark, Result, draw, run_benchmark
+from aptq.benchmark import Benchmark, Result, run_benchmark
 from aptq.callbacks import Callbacks
 from aptq.config import compose, to_settings
 from aptq.data import check_data, evaluation_texts
@@ -63,6 +63,7 @@ def build_experiment(config: DictConfig) -> Experiment:
     target.check_exporter(plain["exporter"]["name"])
     fabric = launch(plain)
     loggers = [registry.build("logger", plain["logger"], save_dir=Path(run.dir))] if plain.get("logger") else []
+    backend = _backend(plain["backend"])
     return Experiment(
         model=to_settings(ModelSettings, plain["model"], "model"),
         data=to_settings(DataSettings, plain["data"], "data"),
@@ -72,9 +73,9 @@ def build_experiment(config: DictConfig) -> Experiment:
         activation=registry.build("activation", plain["activation"]) if plain.get("activation") else None,
         evaluator=registry.build("evaluator", plain["evaluator"]) if plain.get("evaluator") else None,
         target=target,
-        decode_times=_decode_times(plain),
+        decode_times=_decode_times(plain["decode_times"], backend["name"]),
         fused=fuses(target, convert(plain["fused"], bool | None, "fused")),
-        backend=_backend(plain["backend"]),
+        backend=backend,
         fabric=fabric,
         callbacks=build_callbacks(plain, fabric, loggers),
         config=plain,
@@ -123,9 +124,9 @@ def build_callbacks(config: Mapping[str, Any], fabric: Fabric, loggers: Sequence
     return Callbacks([*chosen, *([LoggerCallback(loggers)] if loggers else [])])
 
 
-def _decode_times(config: Mapping[str, Any]) -> DecodeTimes | None:
-    path = convert(config["decode_times"], Path | None, "decode_times")
-    return None if path is None else DecodeTimes.read(path, _backend(config["backend"])["name"])
+def _decode_times(config: Any, backend: str) -> DecodeTimes | None:
+    path = convert(config, Path | None, "decode_times")
+    return None if path is None else DecodeTimes.read(path, backend)
 
 
 def _backend(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
@@ -207,6 +208,8 @@ def benchmark(config: DictConfig | Sequence[str], on_open: Callable[[Path], None
             lambda done, what: callbacks.on_advance(stage="benchmark", done=done, detail=what),
             plain["seed"],
         )
+    from aptq.benchmark.figure import draw  # imports matplotlib: not every run needs it
+
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "benchmark.json", found.rows, "the benchmark")
     write_bytes(folder / "benchmark.png", draw(found.rows), "a figure")

@@ -105,10 +105,8 @@ class AptqConfig(QuantizationConfigMixin):
         """Make the entry for a finished quantization."""
         only = ("", format_config["name"])
         layers = {
-            name: {
-                **{"bits": option.bits, "group_size": option.group_size},
-                **({} if option.format in only else {"format": option.format}),
-            }
+            name: {"bits": option.bits, "group_size": option.group_size}
+            | ({} if option.format in only else {"format": option.format})
             for name, option in plan.items()
         }
         return cls(format_config, layers, provenance=provenance, activation=activation_config)

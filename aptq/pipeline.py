@@ -18,7 +18,6 @@ from aptq.api import (
     Exporter,
     ExportJob,
     Format,
-    FormatSet,
     GuidedEstimator,
     HessianEstimator,
     Option,
@@ -39,6 +38,7 @@ from aptq.judge import STAGE as EVALUATE
 from aptq.judge import Judge, memory, versions
 from aptq.measurement import in_turn, measured
 from aptq.models import ModelSource, open_model
+from aptq.options import formats_by_name
 from aptq.plan import Plan
 from aptq.planning import average_bits, budget, make_plan
 from aptq.preflight import check_model, preflight
@@ -93,7 +93,7 @@ class Experiment:
     @property
     def formats(self) -> Mapping[str, Format]:
         """Every format that a layer may be stored in, by the name that its options have."""
-        return self.format.formats if isinstance(self.format, FormatSet) else {self.format_name: self.format}
+        return formats_by_name(self.format, self.format_name)
 
     @property
     def measure_option(self) -> Option | None:

@@ -23,6 +23,7 @@ from aptq.calibration.quantize import PREFIXES
 from aptq.calibration.rounding import needs_drift
 from aptq.data import check_data, check_length
 from aptq.fusion import fused_groups
+from aptq.options import offered
 from aptq.plan import Plan, check_plan, read_plan
 
 if TYPE_CHECKING:
@@ -105,12 +106,7 @@ def _options(experiment: Experiment) -> list[Option]:
     """Return all that the allocator may choose among, before they are held against the model."""
     allocator = experiment.allocator
     sizes = allocator.group_sizes if isinstance(allocator, GroupedAllocator) else ()
-    options = [
-        Option(bits, size, name)
-        for bits in allocator.bit_options()
-        for name, format in experiment.formats.items()
-        for size in sizes or (format.group_size,)
-    ]
+    options = offered(experiment.formats, allocator.bit_options(), sizes)
     if isinstance(allocator, GroupedAllocator):
         allocator.check_options(options)
     elif len(experiment.formats) > 1:

@@ -18,8 +18,8 @@ PACKAGE = ROOT / "aptq"
 FOLDERS = {f"{kind}s": kind for kind in KINDS if (PACKAGE / f"{kind}s").is_dir()}
 """Folders of components; loggers are functions in one file of their own."""
 
-HELPERS = {"aptq.api", "aptq.errors", "aptq.names", "aptq.packing"}
-"""What components may import besides their own package: contracts, errors, functions on tensors and on names."""
+HELPERS = {"aptq.api", "aptq.errors", "aptq.meaning", "aptq.names", "aptq.packing"}
+"""What components may import besides their own package: contracts, errors, functions on tensors, formats and names."""
 
 ALSO = {
     # Native code has no component's name, and its package stands by itself.

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from aptq import packing
 from aptq.api import AptqError, LayerSpec
-from aptq.backends.meaning import Integers, Levels, meaning_of
 from aptq.kernels.cpu import ARCHITECTURES, TYPES, load_kernels
+from aptq.meaning import Integers, Levels, meaning_of
 
 _UNIT = packing.UNIT
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aptq.api import AptqError, Backend, Format, FormatSet, Option, format_of
+from aptq.api import AptqError, Backend, Format, Option, format_of
 from aptq.benchmark.layers import Weight, dense_calls, packed_calls, random_weight
 from aptq.benchmark.timing import Timing, copy_bandwidth, time_in_turn
 from aptq.decode_times import DENSE
+from aptq.options import formats_by_name, offered
 
 _log = logging.getLogger(__name__)
 _WRONG = 0.05  # relative error above which a product is no product of this weight, in any precision
@@ -61,15 +62,10 @@ class Benchmark:
 
     def options(self, format: Format, format_name: str) -> list[Option]:
         """Return every option that is timed; of a ``FormatSet``, those of every format that has the width."""
-        several = format.formats if isinstance(format, FormatSet) else {}
-        sizes = [self.group_size] if isinstance(self.group_size, int) else self.group_size
-        return [
-            option
-            for name, each in (several or {format_name: format}).items()
-            for bits, size in product(self.bits, sizes or [each.group_size])
-            for option in [Option(bits, size, name)]
-            if not several or _has(each, option)
-        ]
+        formats = formats_by_name(format, format_name)
+        sizes = [self.group_size] if isinstance(self.group_size, int) else self.group_size or []
+        options = offered(formats, self.bits, sizes)
+        return [option for option in options if len(formats) == 1 or _has(formats[option.format], option)]
 
 
 @dataclass(frozen=True, kw_only=True)

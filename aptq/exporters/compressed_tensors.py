@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from aptq import packing
-from aptq.api import AptqError, ExportJob, Format, Option, QuantizedWeight
-from aptq.exporters.folder import write_folder
-from aptq.shards import TensorInfo, parse_size
+from aptq.api import AptqError, ExportJob, Format, Option
+from aptq.exporters.folder import FolderExporter, model_dtype, write_folder
+from aptq.meaning import Integers, meaning_of
+from aptq.shards import TensorInfo
 from aptq.targets import get_target
 
 
 @dataclass(frozen=True)
-class CompressedTensors:
+class CompressedTensors(FolderExporter):
     """Write symmetric integers of 2 to 8 bits, mixed as the plan has them, as compressed-tensors stores them.
 
     ``weight_packed int32 [out, ceil(in bits / 32)]`` holds each row as one stream of codes, the lowest bits first;
@@ -30,12 +31,6 @@ class CompressedTensors:
 
     Source: https://github.com/vllm-project/compressed-tensors, ``PackedQuantizationCompressor``.
     """
-
-    max_shard_size: str | int = "4GB"
-
-    def __post_init__(self) -> None:
-        """Raise ``AptqError`` when the shard size is none."""
-        parse_size(self.max_shard_size)
 
     def check(
         self,
@@ -62,7 +57,7 @@ class CompressedTensors:
             raise AptqError(
                 "exporter=compressed_tensors: its readers have no Conv1D, as GPT-2 has; use exporter=native."
             )
-        dtype = _dtype(config)
+        dtype = model_dtype(config)
         other = {format.packed_layout(option, (32, 128))["scales"][1] for option in options} - {dtype}
         if other and dtype != torch.float32:
             wanted, scales = (str(each).removeprefix("torch.") for each in (dtype, other.pop()))
@@ -94,16 +89,9 @@ class CompressedTensors:
 
 
 def _is_symmetric_integer(format: Format, option: Option) -> bool:
-    """Whether codes of a format mean ``(code - 2^(bits-1)) * scale``, with nothing else stored: asked of the format."""
-    codes = torch.arange(1 << option.bits)[None]
-    if set(format.packed_layout(option, (32, 128))) != {"qweight", "scales"}:
-        return False
-    one = QuantizedWeight(codes=codes, parameters={"scales": torch.ones(1, 1)})
-    try:
-        values = format.dequantize(one, replace(option, group_size=-1))
-    except (KeyError, IndexError):  # it has fewer levels, or parameters of its own
-        return False
-    return torch.equal(values, codes - float(1 << (option.bits - 1)))
+    """Whether codes of a format mean ``(code - 2^(bits-1)) * scale``, with nothing else stored."""
+    meaning = meaning_of(format, option)
+    return isinstance(meaning, Integers) and not meaning.stored_zeros
 
 
 def _scheme(option: Option) -> dict[str, Any]:
@@ -113,11 +101,6 @@ def _scheme(option: Option) -> dict[str, Any]:
     return {"num_bits": option.bits, "type": "int", **strategy, "symmetric": True, "dynamic": False}
 
 
-def _dtype(config: Any) -> torch.dtype:
-    dtype: torch.dtype | None = config.dtype
-    return torch.float32 if dtype is None else dtype
-
-
 def _infos(job: ExportJob) -> Iterator[TensorInfo]:
     """Yield what ``_tensors`` will, without packing anything."""
     for layer, option in job.plan.items():
@@ -125,7 +108,7 @@ def _infos(job: ExportJob) -> Iterator[TensorInfo]:
         words = -(-in_features * option.bits // 32)
         yield TensorInfo(f"{layer}.weight_packed", torch.int32, (out_features, words))
         scales = (out_features, option.num_groups(in_features))
-        yield TensorInfo(f"{layer}.weight_scale", _dtype(job.config), scales)
+        yield TensorInfo(f"{layer}.weight_scale", model_dtype(job.config), scales)
         yield TensorInfo(f"{layer}.weight_shape", torch.int64, (2,))
     yield from (TensorInfo.of(name, tensor) for name, tensor in job.full_precision())
 
@@ -136,6 +119,6 @@ def _tensors(job: ExportJob) -> Iterator[tuple[str, Tensor]]:
         shape = job.shapes[layer]
         quantized = job.format.unpack(job.packed(layer), option, shape)
         yield f"{layer}.weight_packed", packing.pack_rows(quantized.codes, option.bits)
-        yield f"{layer}.weight_scale", quantized.parameters["scales"].T.to(_dtype(job.config)).contiguous()
+        yield f"{layer}.weight_scale", quantized.parameters["scales"].T.to(model_dtype(job.config)).contiguous()
         yield f"{layer}.weight_shape", torch.tensor(shape)
     yield from job.full_precision()

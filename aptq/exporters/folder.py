@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from aptq.api import ExportJob
 from aptq.shards import TensorInfo, explain_full_disk, parse_size, plan_shards, sync_folder, write_shards
+
+
+@dataclass(frozen=True)
+class FolderExporter:
+    """What exporters of model folders share: a file is at most ``max_shard_size`` ("4GB", or bytes)."""
+
+    max_shard_size: str | int = "4GB"
+
+    def __post_init__(self) -> None:
+        """Raise ``AptqError`` when the shard size is none."""
+        parse_size(self.max_shard_size)
+
+
+def model_dtype(config: Any) -> torch.dtype:
+    """Return the dtype of a model by its config."""
+    dtype: torch.dtype | None = config.dtype
+    return torch.float32 if dtype is None else dtype
 
 
 def write_folder(

@@ -10,25 +10,19 @@ from typing import Any
 from torch import Tensor
 
 from aptq.api import AptqError, ExportJob, Format, Option
-from aptq.exporters.folder import write_folder
+from aptq.exporters.folder import FolderExporter, write_folder
 from aptq.hf import AptqConfig
-from aptq.shards import DTYPES, TensorInfo, parse_size
+from aptq.shards import DTYPES, TensorInfo
 
 
 @dataclass(frozen=True)
-class Native:
+class Native(FolderExporter):
     """Write ``config.json``, safetensors, tokenizer and generation config; any format, any mix of options.
 
     ``{layer}.{packed name}`` is the name of a packed tensor; all others keep their name in the model. Tensors are
     streamed: one is in memory at a time. A file is at most ``max_shard_size`` ("4GB", or bytes), as far as single
     tensors allow.
     """
-
-    max_shard_size: str | int = "4GB"
-
-    def __post_init__(self) -> None:
-        """Raise ``AptqError`` when the shard size is none."""
-        parse_size(self.max_shard_size)
 
     @property
     def stores_activations(self) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from aptq import packing
 from aptq.api import AptqError, ExportJob, Format, Option
-from aptq.exporters.folder import write_folder
-from aptq.shards import TensorInfo, parse_size
+from aptq.exporters.folder import FolderExporter, model_dtype, write_folder
+from aptq.shards import TensorInfo
 
 _KNOWN = {
     *("indices", "codebook", "residual_indices", "residual_codebook", "column_scales"),
@@ -29,7 +29,7 @@ _OUTLIER_LENGTH = 4
 
 
 @dataclass(frozen=True)
-class VPTQ:
+class VPTQ(FolderExporter):
     """Write vector codebooks as ``vptq.VQuantLinear`` reads them.
 
     With ``G`` groups of columns, ``k`` centroids of length ``v`` and ``k2`` residual ones, a layer has
@@ -41,12 +41,6 @@ class VPTQ:
     Source: https://github.com/microsoft/VPTQ, ``VQuantLinear`` and the package's way to pack, as read there; what
     transformers takes is its own ``VptqConfig``. The package is for CUDA only: this was not run with it.
     """
-
-    max_shard_size: str | int = "4GB"
-
-    def __post_init__(self) -> None:
-        """Raise ``AptqError`` when the shard size is none."""
-        parse_size(self.max_shard_size)
 
     def check(
         self,
@@ -61,7 +55,7 @@ class VPTQ:
         experts = next((name for name in shapes if ".experts." in name), None)
         if experts is not None or config.model_type == "gpt2":
             raise AptqError(f"exporter=vptq writes Linear layers only, not {experts or 'Conv1D'}; use exporter=native.")
-        dtype = torch.float32 if config.dtype is None else config.dtype
+        dtype = model_dtype(config)
         for option in options:
             for name, shape in shapes.items():
                 layout = format.packed_layout(option, shape)

@@ -10,7 +10,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from aptq.activations.block_scaled import BlockScaled
-from aptq.api import Callback, Curvature, LayerReport, Option
+from aptq.api import Callback, Curvature, Option
 from aptq.calibration.activations import quantized_inputs
 from aptq.calibration.quantize import Recipe, quantize, stored_logits
 from aptq.calibration.walk import Walk
@@ -22,6 +22,7 @@ from aptq.models.structure import LinearLayer
 from aptq.quantizers.columns import Feedback
 from aptq.quantizers.gptq import GPTQ
 from aptq.settings import ModelSettings
+from tests.calibration.memory import Memory
 
 Folder = Callable[..., Path]
 INT3 = BlockScaled(bits=3, group_size=16)
@@ -36,20 +37,6 @@ class _Counting(GPTQ):
     def prepare(self, curvature: Curvature) -> Feedback:
         self.seen[0].append(1)
         return super().prepare(curvature)
-
-
-class _Memory:
-    def __init__(self) -> None:
-        self.blocks: dict[int, tuple[dict[str, Tensor], list[LayerReport]]] = {}
-
-    def block_done(self, index: int) -> bool:
-        return index in self.blocks
-
-    def save_block(self, index: int, tensors: dict[str, Tensor], reports: list[LayerReport]) -> None:
-        self.blocks[index] = (tensors, reports)
-
-    def load_block(self, index: int) -> tuple[dict[str, Tensor], list[LayerReport]]:
-        return self.blocks[index]
 
 
 def _walk(folder: Path) -> Walk:
@@ -87,7 +74,7 @@ def test_curvatures_are_taken_on_what_the_layers_will_be_called_with(
 ) -> None:
     traces = []
     for activation in (None, INT3):
-        walk, store = _walk(tiny_model_folder(family)), _Memory()
+        walk, store = _walk(tiny_model_folder(family)), Memory()
         quantize(walk, _recipe(walk, activation, true_sequential=true_sequential), store, Callback())
         traces.append([row.trace for _, rows in store.blocks.values() for row in rows])
     assert all(plain != rounded for plain, rounded in zip(*traces, strict=True) if plain)
@@ -97,16 +84,16 @@ def test_layers_that_share_their_input_share_its_curvature(tiny_model_folder: Fo
     counts = []
     for activation in (None, INT3):
         walk, quantizer = _walk(tiny_model_folder()), _Counting(seen=([],))
-        quantize(walk, _recipe(walk, activation, quantizer=quantizer), _Memory(), Callback())
+        quantize(walk, _recipe(walk, activation, quantizer=quantizer), Memory(), Callback())
         counts.append(len(quantizer.seen[0]))
     assert counts[0] == counts[1] == 3 * 4  # blocks x (q, k and v; o; gate and up; down)
 
 
 def test_resuming_gives_the_same_bits_and_logits(tiny_model_folder: Folder) -> None:
-    walk, whole = _walk(tiny_model_folder()), _Memory()
+    walk, whole = _walk(tiny_model_folder()), Memory()
     recipe = _recipe(walk)
     quantize(walk, recipe, whole, Callback())
-    again, resumed = _walk(tiny_model_folder()), _Memory()
+    again, resumed = _walk(tiny_model_folder()), Memory()
     resumed.blocks = {0: whole.blocks[0]}
     quantize(again, _recipe(again), resumed, Callback())
     for index, (tensors, _) in whole.blocks.items():
@@ -119,7 +106,7 @@ def test_resuming_gives_the_same_bits_and_logits(tiny_model_folder: Folder) -> N
 def test_behind_full_precision_blocks_inputs_are_as_they_were(tiny_model_folder: Folder) -> None:
     stores = []
     for activation in (None, INT3):
-        walk, store = _walk(tiny_model_folder()), _Memory()
+        walk, store = _walk(tiny_model_folder()), Memory()
         quantize(walk, _recipe(walk, activation, prefix="full_precision"), store, Callback())
         stores.append(store)
     for index, (tensors, _) in stores[0].blocks.items():
@@ -127,6 +114,6 @@ def test_behind_full_precision_blocks_inputs_are_as_they_were(tiny_model_folder:
 
 
 def test_the_hessian_of_attention_sees_through_quantized_inputs(tiny_model_folder: Folder) -> None:
-    walk, store = _walk(tiny_model_folder()), _Memory()
+    walk, store = _walk(tiny_model_folder()), Memory()
     quantize(walk, _recipe(walk, estimator=Attention()), store, Callback())
     assert all(row.trace > 0 and row.relative_error < 0.2 for _, rows in store.blocks.values() for row in rows)

@@ -23,6 +23,7 @@ from aptq.quantizers.gptaq import GPTAQ, GPTAQFactors
 from aptq.quantizers.gptq import GPTQ
 from aptq.quantizers.nearest import Nearest
 from aptq.settings import ModelSettings
+from tests.calibration.memory import Memory
 
 OPTIONS = (Option(2, 32), Option(4, 32))
 Folder = Callable[..., Path]
@@ -44,22 +45,6 @@ def _measure(walk: Walk, cache: StatisticsCache, rounding: bool = True) -> dict[
     )
 
 
-class _Memory:
-    """A block store without a disk."""
-
-    def __init__(self) -> None:
-        self.blocks: dict[int, tuple[dict[str, Tensor], list[LayerReport]]] = {}
-
-    def block_done(self, index: int) -> bool:
-        return index in self.blocks
-
-    def save_block(self, index: int, tensors: dict[str, Tensor], reports: list[LayerReport]) -> None:
-        self.blocks[index] = (tensors, reports)
-
-    def load_block(self, index: int) -> tuple[dict[str, Tensor], list[LayerReport]]:
-        return self.blocks[index]
-
-
 def _recipe(
     walk: Walk, bits: Mapping[str, int] | int = 3, quantizer: Quantizer | None = None, true_sequential: bool = True
 ) -> Recipe:
@@ -76,7 +61,7 @@ def _recipe(
     )
 
 
-def _same(a: _Memory, b: _Memory) -> bool:
+def _same(a: Memory, b: Memory) -> bool:
     return a.blocks.keys() == b.blocks.keys() and all(
         torch.equal(tensor, b.blocks[index][0][name])
         for index, (tensors, _) in a.blocks.items()
@@ -116,7 +101,7 @@ def test_content_keys_tell_parts_apart() -> None:
 
 
 def test_quantize_reports_every_layer_and_beats_nearest(tiny_model_folder: Folder) -> None:
-    walk, store = _walk(tiny_model_folder()), _Memory()
+    walk, store = _walk(tiny_model_folder()), Memory()
     reports = quantize(walk, _recipe(walk), store, Callback())
     assert [report.name for report in reports] == list(walk.source.layer_shapes())
     assert all(report.error < report.error_nearest for report in reports)
@@ -126,10 +111,10 @@ def test_quantize_reports_every_layer_and_beats_nearest(tiny_model_folder: Folde
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
 @pytest.mark.parametrize("done", [1, 2, 3])
 def test_resuming_gives_the_same_bits(family: str, done: int, tiny_model_folder: Folder) -> None:
-    walk, whole = _walk(tiny_model_folder(family)), _Memory()
+    walk, whole = _walk(tiny_model_folder(family)), Memory()
     quantize(walk, _recipe(walk), whole, Callback())
     logits = walk.logits()
-    again, resumed = _walk(tiny_model_folder(family)), _Memory()
+    again, resumed = _walk(tiny_model_folder(family)), Memory()
     resumed.blocks = {index: whole.blocks[index] for index in range(done)}
     quantize(again, _recipe(again), resumed, Callback())
     assert _same(whole, resumed)
@@ -140,7 +125,7 @@ def test_later_blocks_see_the_quantized_prefix(tiny_model_folder: Folder) -> Non
     """Fewer bits in block 0 change what block 2 is calibrated on; fewer bits in block 2 leave block 0 alone."""
     folder, stores = tiny_model_folder(), []
     for low in (None, "layers.0.", "layers.2."):
-        walk, store = _walk(folder), _Memory()
+        walk, store = _walk(folder), Memory()
         names = walk.source.layer_shapes()
         bits = {name: 2 if low is not None and low in name else 4 for name in names}
         quantize(walk, _recipe(walk, bits), store, Callback())
@@ -157,7 +142,7 @@ def _without_time(report: LayerReport, like: LayerReport) -> LayerReport:
 
 
 def test_layers_outside_the_plan_stay_as_they_are(tiny_model_folder: Folder) -> None:
-    walk, store = _walk(tiny_model_folder()), _Memory()
+    walk, store = _walk(tiny_model_folder()), Memory()
     some = [name for name in walk.source.layer_shapes() if "mlp" in name]
     quantize(walk, _recipe(walk, dict.fromkeys(some, 3)), store, Callback())
     stored = {name.rpartition(".")[0] for tensors, _ in store.blocks.values() for name in tensors}
@@ -167,7 +152,7 @@ def test_layers_outside_the_plan_stay_as_they_are(tiny_model_folder: Folder) -> 
 def test_experts_that_no_token_reaches_are_rounded_to_nearest(
     tiny_model_folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    walk, store = _walk(tiny_model_folder("mixtral")), _Memory()
+    walk, store = _walk(tiny_model_folder("mixtral")), Memory()
     steps = walk.steps
 
     def starved(**options: bool) -> Iterator[Step]:
@@ -186,7 +171,7 @@ def test_experts_that_no_token_reaches_are_rounded_to_nearest(
 def test_in_sequence_a_layer_sees_the_rounded_ones_before_it_in_its_block(tiny_model_folder: Folder) -> None:
     stores = []
     for true_sequential in (True, False):
-        walk, store = _walk(tiny_model_folder()), _Memory()
+        walk, store = _walk(tiny_model_folder()), Memory()
         quantize(walk, _recipe(walk, true_sequential=true_sequential), store, Callback())
         stores.append({report.name.rpartition("layers.0.")[2]: report for report in store.blocks[0][1]})
     one, two = stores
@@ -207,7 +192,7 @@ def test_layers_that_share_their_input_share_its_preparation(true_sequential: bo
             return super().prepare(curvature)
 
     walk = _walk(tiny_model_folder())
-    quantize(walk, _recipe(walk, quantizer=Counting(), true_sequential=true_sequential), _Memory(), Callback())
+    quantize(walk, _recipe(walk, quantizer=Counting(), true_sequential=true_sequential), Memory(), Callback())
     assert len(prepared) == 4 * len(walk.source.block_names), "q, k, v; o; gate, up; down"
 
 
@@ -217,7 +202,7 @@ def test_the_walk_goes_on_with_the_rounded_block(family: str, true_sequential: b
     """Whether it was run once or twice, and in one batch or several."""
     logits = []
     for batch_size in (1, 4):
-        walk, store = _walk(tiny_model_folder(family), batch_size), _Memory()
+        walk, store = _walk(tiny_model_folder(family), batch_size), Memory()
         quantize(walk, _recipe(walk, 2, Nearest(), true_sequential), store, Callback())
         again = _walk(tiny_model_folder(family), batch_size)
         quantize(again, _recipe(again, 2, Nearest(), true_sequential), store, Callback())  # restored, then run
@@ -231,7 +216,7 @@ def test_behind_the_original_blocks_every_layer_sees_what_pass_1_saw(
     family: str, tiny_model_folder: Folder, tmp_path: Path
 ) -> None:
     statistics = _measure(_walk(tiny_model_folder(family)), StatisticsCache(tmp_path, "key"), rounding=False)
-    walk, store = _walk(tiny_model_folder(family)), _Memory()
+    walk, store = _walk(tiny_model_folder(family)), Memory()
     recipe = replace(_recipe(walk, bits=2), prefix="full_precision")
     reports = quantize(walk, recipe, store, Callback())
     for report in reports:
@@ -243,7 +228,7 @@ def test_behind_the_original_blocks_every_layer_sees_what_pass_1_saw(
     assert torch.equal(walk.logits(), original.logits())
     stored = stored_logits(walk.beginning(1, 64), recipe, store)
     assert (stored - original.logits()).abs().max() > 0.1, "two bits do change a model"
-    again, resumed = _walk(tiny_model_folder(family)), _Memory()
+    again, resumed = _walk(tiny_model_folder(family)), Memory()
     resumed.blocks = {0: store.blocks[0], 1: store.blocks[1]}
     quantize(again, recipe, resumed, Callback())
     assert _same(store, resumed)
@@ -251,7 +236,7 @@ def test_behind_the_original_blocks_every_layer_sees_what_pass_1_saw(
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_stored_blocks_end_in_the_logits_of_the_walk_that_rounded_them(family: str, tiny_model_folder: Folder) -> None:
-    walk, store = _walk(tiny_model_folder(family), batch_size=1), _Memory()
+    walk, store = _walk(tiny_model_folder(family), batch_size=1), Memory()
     quantize(walk, _recipe(walk), store, Callback())
     again = _walk(tiny_model_folder(family))
     assert torch.equal(stored_logits(again.beginning(1, 64), _recipe(walk), store), walk.logits())
@@ -266,7 +251,7 @@ class _Keeping(GPTAQ):
         return super().prepare(curvature)
 
 
-def _layer_inputs(walk: Walk, store: _Memory | None) -> dict[str, Tensor]:
+def _layer_inputs(walk: Walk, store: Memory | None) -> dict[str, Tensor]:
     """Return what every layer is called with, ``[samples, tokens, in]``, in the original or in the stored model."""
     seen: dict[str, list[Tensor]] = {}
     for step in walk.steps():
@@ -288,7 +273,7 @@ def test_drift_is_the_distance_from_the_full_precision_models_inputs(family: str
     settings = ModelSettings(path=str(tiny_model_folder(family)), quantize_head=True)
     samples = torch.randint(4, 260, (3, 64), generator=torch.Generator().manual_seed(0))
     walks = [Walk(open_model(settings), samples, 2, Fabric(accelerator="cpu", devices=1)) for _ in range(3)]
-    quantizer, store = _Keeping(), _Memory()
+    quantizer, store = _Keeping(), Memory()
     quantize(walks[0], _recipe(walks[0], quantizer=quantizer), store, Callback())
     full, now = _layer_inputs(walks[1], None), _layer_inputs(walks[2], store)
     kept = iter(quantizer.__dict__["kept"])
@@ -308,13 +293,13 @@ def test_drift_is_the_distance_from_the_full_precision_models_inputs(family: str
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("done", [1, 3])
 def test_resuming_with_drift_gives_the_same_bits(family: str, done: int, tiny_model_folder: Folder) -> None:
-    stores = [_Memory(), _Memory()]
+    stores = [Memory(), Memory()]
     for store in stores:
         walk = _walk(tiny_model_folder(family))
         quantize(walk, _recipe(walk, quantizer=GPTAQ()), store, Callback())
         stores[1].blocks |= {index: store.blocks[index] for index in range(done)}
     assert _same(*stores)
-    plain, walk = _Memory(), _walk(tiny_model_folder(family))
+    plain, walk = Memory(), _walk(tiny_model_folder(family))
     quantize(walk, _recipe(walk), plain, Callback())
     assert not _same(plain, stores[0])
 
@@ -327,7 +312,7 @@ def test_towards_the_original_model_the_outputs_stay_nearer_to_it(tiny_model_fol
     distances = []
     for quantizer in (GPTAQ(alpha=1.0), GPTQ()):
         walk = _walk(tiny_model_folder())
-        quantize(walk, _recipe(walk, quantizer=quantizer), _Memory(), Callback())
+        quantize(walk, _recipe(walk, quantizer=quantizer), Memory(), Callback())
         pairs = zip(walk.last_hidden, original.last_hidden, strict=True)
         distances.append(sum((a - b).square().sum().item() for a, b in pairs))
     assert distances[0] < distances[1]
@@ -336,12 +321,12 @@ def test_towards_the_original_model_the_outputs_stay_nearer_to_it(tiny_model_fol
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2_moe"])
 def test_attention_hessians_go_through_both_passes(family: str, tiny_model_folder: Folder, tmp_path: Path) -> None:
     """A Hessian for each head: in lockstep, block by block for experts, and in the statistics of pass 1."""
-    walk, store = _walk(tiny_model_folder(family)), _Memory()
+    walk, store = _walk(tiny_model_folder(family)), Memory()
     recipe = replace(_recipe(walk), estimator=Attention(probes=1))
     reports = quantize(walk, recipe, store, Callback())
     assert [report.name for report in reports] == list(walk.source.layer_shapes())
     assert sum(report.error for report in reports) < sum(report.error_nearest for report in reports)
-    again, resumed = _walk(tiny_model_folder(family)), _Memory()
+    again, resumed = _walk(tiny_model_folder(family)), Memory()
     resumed.blocks = {0: store.blocks[0]}
     quantize(again, replace(recipe, plan=recipe.plan), resumed, Callback())
     assert _same(store, resumed)
@@ -359,7 +344,7 @@ def test_attention_hessians_go_through_both_passes(family: str, tiny_model_folde
 def test_in_turn_and_at_once_the_first_block_has_the_same_attention_hessians(tiny_model_folder: Folder) -> None:
     errors = []
     for true_sequential in (True, False):
-        walk, store = _walk(tiny_model_folder()), _Memory()
+        walk, store = _walk(tiny_model_folder()), Memory()
         recipe = replace(_recipe(walk, true_sequential=true_sequential), estimator=Attention())
         quantize(walk, recipe, store, Callback())
         errors.append([report.error for report in store.blocks[0][1][:3]])

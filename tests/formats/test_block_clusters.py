@@ -2,35 +2,18 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from aptq.api import AptqError
 from aptq.formats.block_clusters import COUNTS, TOP, Codebooks, check_counts, frozen_entries, selector_bits
-
-
-def _blocks(number: int, seed: int, size: int = 8) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    spread = torch.rand(number, 1, generator=generator, dtype=torch.float64) * 12
-    return (torch.randn(number, size, generator=generator, dtype=torch.float64) * spread).clamp(-TOP, TOP)
-
-
-def _books(count: int, levels: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    rows = [torch.randperm(2 * TOP + 1, generator=generator)[:levels].sort().values - TOP for _ in range(count)]
-    return torch.stack(rows).double()
-
-
-def _squares(blocks: Tensor, books: Tensor) -> Tensor:
-    """Return the squared error of every scalar by every codebook, ``[count, n, size]``, from the definition."""
-    return (blocks[None, ..., None] - books[:, None, None]).square().amin(-1)
+from tests.formats.blocks import random_blocks, random_books, squares
 
 
 def test_looking_up_is_rounding_to_the_nearest_entry() -> None:
-    entries = _books(8, 16, 4).float()
+    entries = random_books(8, 16, 4).float()
     books = Codebooks.of(entries)
-    blocks = (_blocks(400, 5) * 1.3).float()
+    blocks = (random_blocks(400, 5) * 1.3).float()
     chosen, least = books.choose(blocks)
-    errors = _squares(blocks, entries).sum(-1)
+    errors = squares(blocks, entries).sum(-1)
     assert torch.allclose(least, errors.amin(0), rtol=1e-5, atol=1e-5)
     assert torch.allclose(errors.gather(0, chosen.long()[None])[0], errors.amin(0), rtol=1e-5, atol=1e-5)
     codes, values = books.round(blocks, chosen[:, None])

@@ -3,44 +3,27 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from aptq.formats.block_clusters import TOP
 from aptq.formats.block_design import assign, design, distinct, lloyd_max, update
-
-
-def _blocks(number: int, seed: int, size: int = 8) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    spread = torch.rand(number, 1, generator=generator, dtype=torch.float64) * 12
-    return (torch.randn(number, size, generator=generator, dtype=torch.float64) * spread).clamp(-TOP, TOP)
-
-
-def _books(count: int, levels: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    rows = [torch.randperm(2 * TOP + 1, generator=generator)[:levels].sort().values - TOP for _ in range(count)]
-    return torch.stack(rows).double()
-
-
-def _squares(blocks: Tensor, books: Tensor) -> Tensor:
-    """Return the squared error of every scalar by every codebook, ``[count, n, size]``, from the definition."""
-    return (blocks[None, ..., None] - books[:, None, None]).square().amin(-1)
+from tests.formats.blocks import random_blocks, random_books, squares
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 10**6), st.sampled_from([1, 2, 3, 5]), st.sampled_from([2, 4, 16]), st.booleans())
 def test_the_error_never_rises(seed: int, count: int, levels: int, weighted: bool) -> None:
-    blocks = _blocks(60, seed)
+    blocks = random_blocks(60, seed)
     weights = torch.rand(60, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 3
     found = design(blocks, count, levels, weights=weights if weighted else None, tolerance=-1.0, iterations=12)
     for errors in (found.errors, found.integer_errors):
         assert all(later <= earlier * (1 + 1e-12) for earlier, later in zip(errors, errors[1:], strict=False))
     u = weights if weighted else torch.ones_like(blocks)
-    exact = (_squares(blocks, found.entries) * u).sum(-1).amin(0).sum() / u.sum()
+    exact = (squares(blocks, found.entries) * u).sum(-1).amin(0).sum() / u.sum()
     assert exact <= found.integer_errors[-1] * (1 + 1e-9)
 
 
 def test_integers_of_six_bits_come_out_all_different() -> None:
-    found = design(_blocks(200, 0) * 0.05, 4, 16)  # close to 0: many entries would round to the same
+    found = design(random_blocks(200, 0) * 0.05, 4, 16)  # close to 0: many entries would round to the same
     assert found.entries.shape == (4, 16)
     assert torch.equal(found.entries, found.entries.round())
     assert float(found.entries.abs().max()) <= TOP
@@ -49,7 +32,7 @@ def test_integers_of_six_bits_come_out_all_different() -> None:
 
 
 def test_one_codebook_is_that_of_lloyd_max() -> None:
-    blocks = _blocks(300, 1)
+    blocks = random_blocks(300, 1)
     found = design(blocks, 1, 8, tolerance=0.0)
     assert torch.allclose(found.real[0], lloyd_max(blocks.flatten(), torch.ones(2400).double(), 8), rtol=0.2, atol=0.5)
     midpoints = (found.real[0, 1:] + found.real[0, :-1]) / 2
@@ -59,9 +42,9 @@ def test_one_codebook_is_that_of_lloyd_max() -> None:
 
 
 def test_assigning_and_updating_are_what_they_say() -> None:
-    blocks, books = _blocks(50, 2), _books(4, 6, 3)
+    blocks, books = random_blocks(50, 2), random_books(4, 6, 3)
     weights = torch.rand(50, 8, dtype=torch.float64)
-    errors = (_squares(blocks, books) * weights).sum(-1)
+    errors = (squares(blocks, books) * weights).sum(-1)
     chosen, least = assign(blocks, weights, books)
     assert torch.equal(chosen, errors.argmin(0))
     assert torch.allclose(least, errors.amin(0))

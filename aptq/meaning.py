@@ -1,8 +1,8 @@
-"""What the codes of a format mean, asked of the format itself, so that a kernel serves any format that agrees."""
+"""What the codes of a format mean, asked of the format itself: whoever can read such codes serves any such format."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,10 +35,14 @@ def meaning_of(format: Format, option: Option) -> Integers | Levels | None:
     The format is given three outputs with every code in turn, scales that differ, and zeros that differ.
     """
     count = 1 << option.bits
-    names = set(format.packed_layout(Option(option.bits, -1), (len(_SCALES), count)))
+    option = replace(option, group_size=-1)
+    layout = format.packed_layout(option, (len(_SCALES), count))
+    names = set(layout)
+    if not all(dtype.is_floating_point for name, (_, dtype) in layout.items() if name.startswith("scales")):
+        return None  # they are stored as something that stands for them
     if names == {"qweight", "scales", "qzeros"}:
         zeros = torch.tensor([0, count // 2, count - 1])
-        values = _values(format, option.bits, count, {"qzeros": packing.pack(zeros[None], option.bits)})
+        values = _values(format, option, count, {"qzeros": packing.pack(zeros[None], option.bits)})
         expected = torch.arange(count) - zeros[:, None]
         return Integers(stored_zeros=True) if _agree(values, expected.float()) else None
     two_sided = names == {"qweight", "scales", "scales_below"}
@@ -47,7 +51,7 @@ def meaning_of(format: Format, option: Option) -> Integers | Levels | None:
     below = {"scales_below": torch.tensor([_BELOW])} if two_sided else {}
     values = None
     while values is None and count > 1:  # a format may have fewer levels than codes
-        values = _values(format, option.bits, count, below)
+        values = _values(format, option, count, below)
         count -= values is None
     if values is None:
         return None
@@ -65,11 +69,10 @@ def meaning_of(format: Format, option: Option) -> Integers | Levels | None:
     return Levels(levels=table, two_sided=two_sided)
 
 
-def _values(format: Format, bits: int, count: int, more: dict[str, Tensor]) -> Tensor | None:
+def _values(format: Format, option: Option, count: int, more: dict[str, Tensor]) -> Tensor | None:
     """Return what the first ``count`` codes stand for, ``[outputs, count]``; None where the format has not so many."""
     codes = torch.arange(count).expand(len(_SCALES), -1)
-    tensors = {"qweight": packing.pack(codes, bits), "scales": torch.tensor([_SCALES]), **more}
-    option = Option(bits, -1)
+    tensors = {"qweight": packing.pack(codes, option.bits), "scales": torch.tensor([_SCALES]), **more}
     try:
         return format.dequantize(format.unpack(tensors, option, (len(_SCALES), count)), option).contiguous()
     except (IndexError, KeyError):
