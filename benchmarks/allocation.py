@@ -33,19 +33,22 @@ MIXED = "output, integers and AFPQ in one plan"
 MIXED_VECTORS = "output, integers, AFPQ and VPTQ in one plan"
 _OVERHEAD = 0.297
 """Stored bits a weight beyond 3 bits of code, in groups of 64: a scale in 16 bits and a zero point."""
+_PREDICTED = "metric.labels=model"
 _KNAPSACK = ["allocator=knapsack", "allocator.bits=[2,3,4,8]"]
 
 ROWS: dict[str, list[str]] = {
     UNIFORM: ["allocator=uniform"],
     "traces, 2 and 4 bits (APTQ)": ["hessian=attention", "metric=trace", "allocator=ratio"],
     "output (default)": [*_KNAPSACK, "metric=output"],
-    "output, 4 samples": [*_KNAPSACK, "metric=output", "metric.samples=4"],
+    "output, labels of the prediction": [*_KNAPSACK, "metric=output", _PREDICTED],
+    "output, labels of the prediction, 4 samples": [*_KNAPSACK, "metric=output", _PREDICTED, "metric.samples=4"],
     "output, groups of 32, 64 or 128": [
-        *("allocator=knapsack", "allocator.bits=[2,3,4]", "metric=output", "metric.samples=4"),
+        *("allocator=knapsack", "allocator.bits=[2,3,4]", "metric=output", "metric.samples=4", _PREDICTED),
         *("allocator.group_sizes=[32,64,128]", "allocator.count=storage"),
     ],
     MIXED: [
         *("allocator=knapsack", "allocator.bits=[2,3,4]", "metric=output", "allocator.count=storage", "format=mixed"),
+        _PREDICTED,
         *("format.formats.integer.group_size=64", "format.formats.asymmetric_float.group_size=128"),
     ],
     MIXED_VECTORS: [
@@ -53,7 +56,7 @@ ROWS: dict[str, list[str]] = {
         *("allocator.count=storage", "format=mixed", "+format@format.formats.vector=vector"),
         *("format.formats.integer.group_size=64", "format.formats.asymmetric_float.group_size=128"),
     ],
-    "output, then measured": ["allocator=measured", "allocator.bits=[2,3,4,8]", "metric=output"],
+    "output, then measured": ["allocator=measured", "allocator.bits=[2,3,4,8]", "metric=output", _PREDICTED],
     "divergence, a layer at a time (ModelOpt's KL score)": [*_KNAPSACK, "metric=divergence", "metric.last_tokens=128"],
     "divergence, fused layers together": [
         *(*_KNAPSACK, "metric=divergence", "metric.last_tokens=128"),

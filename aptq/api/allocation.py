@@ -75,7 +75,7 @@ class LossMetric(SensitivityMetric, Protocol):
 
     @property
     def labels(self) -> str:
-        """What the loss compares predictions with: "data" or "model", as for a ``GuidedEstimator``."""
+        """What the loss compares predictions with: "data", "model" or "both", as for a ``GuidedEstimator``."""
 
     @property
     def seed(self) -> int:

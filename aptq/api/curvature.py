@@ -147,8 +147,8 @@ class GuidedEstimator(HessianEstimator, Protocol):
     def labels(self) -> str | None:
         """What the loss compares predictions with.
 
-        "data" (the next token of the text), "model" (a token drawn from the prediction), or None where the present
-        options need no gradients.
+        "data" (the next token of the text), "model" (a token drawn from the prediction), "both" (one loss of each, and
+        the mean of what they give), or None where the present options need no gradients.
         """
 
     @property

@@ -21,13 +21,16 @@ from aptq.calibration.distribute import all_finite
 from aptq.calibration.walk import Walk
 from aptq.files import write_tensors
 
+LOSSES: Mapping[str | None, Sequence[str]] = {"data": ("data",), "model": ("model",), "both": ("model", "data")}
+"""What a tap may ask for as labels, and the losses that are differentiated for it: see ``token_loss``."""
+
 
 @dataclass(frozen=True, eq=False)
 class Seen:
     """What passed through a module on one batch."""
 
     inputs: Tensor  # the first argument
-    gradient: Tensor  # of the loss, by the module's output and in its shape
+    gradient: Tensor  # of each loss, by the module's output: [losses, *its shape]
 
 
 class Tap(Protocol):
@@ -35,7 +38,7 @@ class Tap(Protocol):
 
     @property
     def labels(self) -> str | None:
-        """What the loss compares predictions with; see ``token_loss``."""
+        """What the loss compares predictions with; see ``LOSSES``."""
 
     @property
     def seed(self) -> int:
@@ -121,16 +124,18 @@ class BackwardPass:
         cotangents = []
         for number, hidden in enumerate(walk.last_hidden):
             final = hidden.detach().requires_grad_()
-            gradient = torch.zeros_like(hidden)
+            gradients = hidden.new_zeros(len(LOSSES[tap.labels]), *hidden.shape)
             watched = _Watched(walk.source.model, wanted)
             with torch.enable_grad(), watched:
                 for place, (sample, tokens, logits) in enumerate(walk.finish(number, final)):
-                    loss = token_loss(logits, tokens, tap.labels, (tap.seed, sample))
-                    (whole,), seen = watched.differentiate(loss, [final])
-                    gradient[place] = whole[place]
+                    losses = [
+                        (token_loss(logits, tokens, each, (tap.seed, sample)), None) for each in LOSSES[tap.labels]
+                    ]
+                    whole, seen = watched.differentiate(losses, final)
+                    gradients[:, place] = whole[:, place]
                     if head is not None:
                         tap.add(seen, [sample])
-            cotangents.append(gradient)
+            cotangents.append(gradients)
         if head is not None:
             tap.finish()
         _write(self._path("cotangents", len(walk.source.block_names)), cotangents)
@@ -143,14 +148,14 @@ class BackwardPass:
         following = _read(self._path("cotangents", index + 1), walk.fabric.device)
         cotangents = []
         batches = walk.inputs(index, _read(self._path("hidden", index), walk.fabric.device))
-        for batch, cotangent in zip(batches, following, strict=True):
-            gradient, seen = self._differentiate(batch, block.module, wanted, cotangent)
-            if not all_finite(gradient):
+        for batch, behind in zip(batches, following, strict=True):
+            gradients, seen = self._differentiate(batch, block.module, wanted, behind)
+            if not all_finite(gradients):
                 raise AptqError(
                     f"The loss has gradients of NaN or Inf at {block.name}. If the model is stored in float16, try "
                     "model.dtype=bfloat16 or float32."
                 )
-            cotangents.append(gradient)
+            cotangents.append(gradients)
             self.tap.add(seen, batch.samples)
         self.tap.finish()
         _write(self._path("cotangents", index), cotangents)
@@ -158,17 +163,17 @@ class BackwardPass:
         self._path("hidden", index).unlink()
 
     def _differentiate(
-        self, batch: BlockInputs, module: nn.Module, wanted: Mapping[str, str], cotangent: Tensor
+        self, batch: BlockInputs, module: nn.Module, wanted: Mapping[str, str], cotangents: Tensor
     ) -> tuple[Tensor, dict[str, Seen]]:
         batch.hidden.requires_grad_()
         watched = _Watched(module, wanted.values())
         with torch.enable_grad(), self.walk.autocast(), watched:
             output = batch.run(module)
-        (gradient,), seen = watched.differentiate(output, [batch.hidden], cotangent)
-        return gradient, {name: seen[short] for name, short in wanted.items() if short in seen}
+        gradients, seen = watched.differentiate([(output, each) for each in cotangents], batch.hidden)
+        return gradients, {name: seen[short] for name, short in wanted.items() if short in seen}
 
 
-def token_loss(logits: Tensor, tokens: Tensor, labels: str | None, key: tuple[int, int]) -> Tensor:
+def token_loss(logits: Tensor, tokens: Tensor, labels: str, key: tuple[int, int]) -> Tensor:
     """Return the sum of cross entropies of ``logits [1, tokens, vocabulary]``.
 
     Args:
@@ -211,14 +216,25 @@ class _Watched:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def differentiate(
-        self, output: Tensor, by: Sequence[Tensor], cotangent: Tensor | None = None
-    ) -> tuple[Sequence[Tensor], dict[str, Seen]]:
-        """Differentiate by some tensors and by what the modules have returned since the last time."""
+    def differentiate(self, ends: Sequence[tuple[Tensor, Tensor | None]], by: Tensor) -> tuple[Tensor, dict[str, Seen]]:
+        """Differentiate by a tensor, and by what the modules have returned since the last time.
+
+        Args:
+            ends: what is differentiated, each with its cotangent (None for a scalar); of one graph.
+            by: the tensor.
+
+        Returns:
+            the gradients ``[ends, *by's shape]``, and what was seen of each module that was called.
+        """
         found, self._found = self._found, {}
-        gradients = torch.autograd.grad(output, [*by, *(returned for _, returned in found.values())], cotangent)
-        pairs = zip(found.items(), gradients[len(by) :], strict=True)
-        return gradients[: len(by)], {name: Seen(inputs, gradient) for (name, (inputs, _)), gradient in pairs}
+        wanted = [by, *(returned for _, returned in found.values())]
+        rows = [
+            torch.autograd.grad(end, wanted, cotangent, retain_graph=number + 1 < len(ends))
+            for number, (end, cotangent) in enumerate(ends)
+        ]
+        gradients = [torch.stack(each) for each in zip(*rows, strict=True)]
+        pairs = zip(found.items(), gradients[1:], strict=True)
+        return gradients[0], {name: Seen(inputs, gradient) for (name, (inputs, _)), gradient in pairs}
 
 
 def _write(path: Path, batches: Sequence[Tensor]) -> None:

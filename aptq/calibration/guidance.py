@@ -77,7 +77,7 @@ class _Squares:
         for name, groups in self._wanted.items():
             if name not in seen:
                 raise AptqError(f"{name} is not called by the model, so the loss has no gradient there.")
-            means = seen[name].gradient.float().unflatten(-1, (groups, -1)).square().mean(-1)
+            means = seen[name].gradient.float().unflatten(-1, (groups, -1)).square().mean((0, -1))
             means = means.reshape(len(samples), -1, groups)  # some modules put samples and tokens in one dimension
             if name not in self._found:
                 self._found[name] = means.new_zeros(self.num_samples, *means.shape[1:])

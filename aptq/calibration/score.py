@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aptq.api import Block, Callback, Format, LayerStatistics, LossChange, LossMetric, Option
-from aptq.calibration.backward import BackwardPass, Seen
+from aptq.calibration.backward import LOSSES, BackwardPass, Seen
 from aptq.calibration.roundings import Roundings
 from aptq.calibration.statistics import StatisticsCache
 from aptq.calibration.walk import Walk
@@ -101,7 +101,7 @@ class _Scores:
         if self.walk.fabric.world_size > 1:
             for name in sorted(self._sums):
                 dist.all_reduce(self._sums[name])
-        tokens = self.walk.samples.numel()
+        tokens = len(LOSSES[self.labels]) * self.walk.samples.numel()
         rows = []
         for name in self.modules(self._block):
             figures = (self._sums[name] / tokens).tolist()
@@ -117,27 +117,29 @@ class _Scores:
         self._block, self._packed = None, {}
 
 
-def loss_changes(inputs: Tensor, gradient: Tensor, differences: Iterable[Tensor], *, absolute: bool = True) -> Tensor:
-    """Return the sums of ``LossChange`` over one sample's tokens, before they are divided by their number.
+def loss_changes(inputs: Tensor, gradients: Tensor, differences: Iterable[Tensor], *, absolute: bool = True) -> Tensor:
+    """Return the sums of ``LossChange`` over one sample's tokens and the losses, before they are divided by both.
 
     Args:
         inputs: ``[..., in]``, what the layer was fed.
-        gradient: ``[..., out]``, the loss's gradient at its output.
+        gradients: ``[losses, ..., out]``, of each loss at its output.
         differences: of the weight, ``[out, in]`` each.
         absolute: whether the last column is wanted; 0 if not.
 
     Returns:
         ``[differences, 3]``, float64: ``channels``, ``tokens``, ``absolute``.
     """
-    x, g = inputs.flatten(0, -2).float(), gradient.flatten(0, -2).float()
-    by_weight = g.T @ x if absolute else None
+    x, losses = inputs.flatten(0, -2).float(), gradients.flatten(1, -2).float()
+    by_weight = [g.T @ x for g in losses] if absolute else []
     rows = []
     for difference in differences:
-        moved = (x @ difference.T).mul_(g)
-        whole = moved.sum(1).square().sum(dtype=torch.float64) / 2
-        channels = moved.square_().sum(dtype=torch.float64) / 2
-        along = (
-            torch.zeros_like(whole) if by_weight is None else by_weight.mul(difference).abs_().sum(dtype=torch.float64)
-        )
-        rows.append(torch.stack([channels, whole, along]))
+        row = torch.zeros(3, dtype=torch.float64, device=x.device)
+        error = x @ difference.T
+        for g in losses:
+            moved = error * g
+            row[0] += moved.square().sum(dtype=torch.float64) / 2
+            row[1] += moved.sum(1).square().sum(dtype=torch.float64) / 2
+        for each in by_weight:
+            row[2] += each.mul(difference).abs_().sum(dtype=torch.float64)
+        rows.append(row)
     return torch.stack(rows)

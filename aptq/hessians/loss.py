@@ -14,7 +14,7 @@ from aptq.hessians.guidance import guidance_of, refuse_experts
 from aptq.hessians.input_observer import pre_hooked
 from aptq.hessians.weighted_inputs import WeightedLayers, WeightedObserver
 
-LABELS = ("data", "model")
+LABELS = ("data", "model", "both")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Loss:
     in the unit of the loss, nats per token.
 
     ``labels`` are what the loss compares predictions with: the next token of the text ("data": the empirical Fisher
-    matrix, as published) or one drawn from the prediction ("model": the Fisher matrix).
+    matrix, as published), one drawn from the prediction ("model": the Fisher matrix), or "both": their mean.
 
     Source: Kim et al., "GuidedQuant" (ICML 2025, arXiv 2505.07004).
     """

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from aptq.api import AptqError
 
+_LABELS = ("both", "model", "data")
 
-def check_run(samples: int, labels: str, known: Sequence[str]) -> None:
-    """Raise ``AptqError`` for no samples, or labels that are not among those known."""
+
+def check_run(samples: int, labels: str) -> None:
+    """Raise ``AptqError`` for no samples, or labels that are not known."""
     if samples < 1:
         raise AptqError(f"metric.samples={samples} is not allowed; use 1 or more.")
-    if labels not in known:
-        raise AptqError(f"metric.labels={labels!r} is not known; use one of {', '.join(known)}.")
+    if labels not in _LABELS:
+        raise AptqError(f"metric.labels={labels!r} is not known; use one of {', '.join(_LABELS)}.")

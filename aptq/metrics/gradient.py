@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from aptq.api import AptqError, LayerStatistics, Option
 from aptq.metrics.backward import check_run
 
-_LABELS = ("data", "model")
 _FORMS = ("absolute", "squared")
 
 
@@ -20,7 +19,8 @@ class Gradient:
     ``G_t``, the Fisher form. Nats per token, both; only the second one is an estimate of a change.
 
     Options: ``samples`` of the calibration text that are run backwards; ``labels``, the next tokens of the text
-    ("data") or drawn from the prediction ("model"); ``seed`` of what is drawn.
+    ("data"), drawn from the prediction ("model"), or the mean over one loss of each ("both"); ``seed`` of what is
+    drawn.
 
     Source: AutoRound's AutoScheme (``auto_round/auto_scheme/delta_loss.py``).
     """
@@ -33,7 +33,7 @@ class Gradient:
     def __post_init__(self) -> None:
         if self.form not in _FORMS:
             raise AptqError(f"metric.form={self.form!r} is not known; use one of {', '.join(_FORMS)}.")
-        check_run(self.samples, self.labels, _LABELS)
+        check_run(self.samples, self.labels)
 
     @property
     def needs_errors(self) -> bool:

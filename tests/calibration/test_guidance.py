@@ -125,3 +125,13 @@ def test_a_module_that_is_never_called_is_an_error(tiny_model_folder: Callable[.
 
     with pytest.raises(AptqError, match="unused is not called"):
         measure_guidance(_walk(tiny_model_folder("llama")), Elsewhere(), tmp_path, Callback())
+
+
+def test_labels_of_both_kinds_give_the_mean_of_each(tiny_model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_model_folder("llama")
+    both, model, data = (
+        measure_guidance(_walk(folder), Loss(labels=labels), tmp_path / labels, Callback())(0)
+        for labels in ("both", "model", "data")
+    )
+    for name, squares in both.items():
+        assert torch.allclose(squares, (model[name] + data[name]) / 2, rtol=1e-4, atol=1e-9)

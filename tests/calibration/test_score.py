@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from aptq.api import Callback, LayerStatistics, Option
-from aptq.calibration.backward import token_loss
+from aptq.calibration.backward import LOSSES, token_loss
 from aptq.calibration.measure import Rounding, measure
 from aptq.calibration.roundings import Roundings
 from aptq.calibration.score import loss_changes, score
@@ -77,14 +78,14 @@ def _reference(walk: Walk, metric: Output | Gradient, option: Option) -> dict[st
     """Differentiate the whole model's own loss, layer by layer from the definition."""
     model = walk.source.load_full().double()
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in walk.source.layer_shapes()}
-    samples = walk.samples[: metric.samples]
-    for number, sample in enumerate(samples):
+    samples, kinds = walk.samples[: metric.samples], LOSSES[metric.labels]
+    for (number, sample), kind in product(enumerate(samples), kinds):
         found: dict[str, tuple[Tensor, Tensor]] = {}
 
         handles = [model.get_submodule(name).register_forward_hook(partial(_keep, found, name)) for name in sums]
         embedded = model.get_input_embeddings()(sample[None]).detach().requires_grad_()
         logits = model(inputs_embeds=embedded, use_cache=False).logits
-        loss = token_loss(logits, sample[None], metric.labels, (metric.seed, number))
+        loss = token_loss(logits, sample[None], kind, (metric.seed, number))
         gradients = torch.autograd.grad(loss, [output for _, output in found.values()])
         for (name, (x, _)), gradient in zip(found.items(), gradients, strict=True):
             weight = model.get_submodule(name).weight.detach()
@@ -98,11 +99,11 @@ def _reference(walk: Walk, metric: Output | Gradient, option: Option) -> dict[st
             sums[name][2] += ((gradient[0].T @ x[0]) * difference).abs().sum()
         for handle in handles:
             handle.remove()
-    return {name: tuple((each / samples.numel()).tolist()) for name, each in sums.items()}  # type: ignore[misc]
+    return {name: tuple((each / samples.numel() / len(kinds)).tolist()) for name, each in sums.items()}  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
-@pytest.mark.parametrize("metric", [Output(samples=3, seed=4), Gradient(samples=9)])
+@pytest.mark.parametrize("metric", [Output(samples=3, seed=4), Output(samples=3, labels="model"), Gradient(samples=9)])
 def test_equals_the_definition_on_the_whole_model(
     family: str, metric: Output | Gradient, tiny_model_folder: Folder, tmp_path: Path
 ) -> None:
@@ -144,7 +145,7 @@ def test_experts_are_scored_on_the_tokens_that_they_see(tiny_model_folder: Folde
 def test_loss_changes_are_quadratic_and_linear_in_the_difference() -> None:
     generator = torch.Generator().manual_seed(0)
     x, g, d = (torch.randn(*shape, generator=generator) for shape in ((1, 6, 5), (1, 6, 4), (4, 5)))
-    once, twice = loss_changes(x, g, [d, -2 * d])
+    once, twice = loss_changes(x, g[None], [d, -2 * d])
     assert twice.tolist() == pytest.approx((torch.tensor([4, 4, 2]) * once).tolist())
 
 
@@ -165,3 +166,15 @@ def test_statistics_that_are_gone_are_measured_anew(tiny_model_folder: Folder, t
         _score(_walk(folder), tmp_path / "cut", metric, Interrupt(at=2 * blocks - 1))
     next((tmp_path / "cut" / "scored").rglob("*.json")).unlink()
     assert _score(_walk(folder), tmp_path / "cut", metric) == expected
+
+
+def test_labels_of_both_kinds_give_the_mean_of_each(tiny_model_folder: Folder, tmp_path: Path) -> None:
+    folder = tiny_model_folder("llama")
+    found = {
+        labels: _score(_walk(folder), tmp_path / labels, Output(samples=3, labels=labels))
+        for labels in ("both", "model", "data")
+    }
+    for name, entry in found["both"].items():
+        each = [found[labels][name].loss_changes[OPTIONS[0]].channels for labels in ("model", "data")]
+        assert each[0] != each[1]
+        assert entry.loss_changes[OPTIONS[0]].channels == pytest.approx(sum(each) / 2, rel=1e-4)

@@ -28,7 +28,7 @@ def test_forms(form: str, expected: float) -> None:
     [
         ({"form": "cubic"}, "use one of absolute, squared"),
         ({"samples": 0}, "1 or more"),
-        ({"labels": "text"}, "use one of data, model"),
+        ({"labels": "text"}, "use one of both, model, data"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict, message: str) -> None:  # type: ignore[type-arg]

@@ -22,7 +22,7 @@ def test_is_the_change_with_channels_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"samples": 0}, "1 or more"), ({"labels": "text"}, "use one of model, data")]
+    ("options", "message"), [({"samples": 0}, "1 or more"), ({"labels": "text"}, "use one of both, model, data")]
 )
 def test_options_that_cannot_be_are_refused(options: dict, message: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(AptqError, match=message):
