@@ -1,13 +1,14 @@
-"""Compile every Triton kernel that is shipped for GPUs that need not be here, and count what it became.
+"""Compile the Triton kernels that are shipped for GPUs that need not be here, and count what they became.
 
 Writes a table of registers, shared memory, widths of loads and instructions for a weight: ``results/kernels_compiled``
-``.json`` and ``.md``. Compiling goes on where an earlier run of the same commit was stopped.
+``.json`` and ``.md``. Compiling goes on where an earlier run on the same sources was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import shlex
 import sys
@@ -17,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from provenance import commit
 
+import aptq.kernels.triton
 from aptq.kernels.triton.compiled import compile_config
 from aptq.kernels.triton.configs import SHIPPED, Config
 
@@ -67,10 +68,17 @@ def _key(case: Mapping[str, Any]) -> str:
     return json.dumps([case[name] for name in ("config", "bits", "meaning", "capability")], sort_keys=True)
 
 
+def _digest() -> str:
+    """Return what tells the kernels' sources from others."""
+    folder = Path(aptq.kernels.triton.__file__).parent
+    files = [folder / f"{name}.py" for name in ("codes", "gemv", "dot", "dense")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
 def _open(path: Path) -> dict[str, Any]:
     fresh = {
         "triton": triton.__version__,
-        "commit": commit(),
+        "sources": _digest(),
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "benchmarks/kernel_compilation.py", *sys.argv[1:]]),
         "rows": [],
@@ -78,7 +86,7 @@ def _open(path: Path) -> dict[str, Any]:
     if not path.exists():
         return fresh
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    same = all(before[name] == fresh[name] for name in ("triton", "commit"))
+    same = all(before[name] == fresh[name] for name in ("triton", "sources"))
     return before if same else fresh
 
 
@@ -90,9 +98,9 @@ def page(record: Mapping[str, Any]) -> str:
         "",
         "Counted in the machine code that Triton and NVIDIA's assembler make for GPUs that were not there: nothing was",
         "run, and these are no times. Activations are bfloat16, groups 128 inputs, outputs and inputs multiples of the",
-        "tiles. For each compute capability: registers of a thread, instructions for a weight in the loop over the inputs",
-        "(of `dense`, in all), loads of 128 bits for each four 32-bit words of codes (1.00 and more: all are so wide;",
-        "scales may be as well). Tiles are units of 32 inputs x outputs.",
+        "tiles. For each compute capability: registers of a thread, instructions for a weight in the loop over the",
+        "inputs (of `dense`, in all), loads of 128 bits for each four 32-bit words of codes (1.00 and more: all are so",
+        "wide; scales may be as well). Tiles are units of 32 inputs x outputs.",
         "",
         "| kernel | rows | tile | warps | bits | codes | "
         + " | ".join(f"{value / 10:.1f}: registers | instructions | wide" for value in capabilities)
@@ -111,7 +119,7 @@ def page(record: Mapping[str, Any]) -> str:
     spilled = [row for row in record["rows"] if row["stack"] or row["spills"]]
     lines += ["", f"Of {len(record['rows'])} compilations {len(spilled) or 'none'} spilled registers.", ""]
     lines.append(
-        f"Triton {record['triton']}, commit {record['commit']}, {record['date']}, written by `{record['command']}`."
+        f"Triton {record['triton']}, sources {record['sources']}, {record['date']}, written by `{record['command']}`."
     )
     return "\n".join(lines) + "\n"
 

@@ -86,7 +86,7 @@ class Cubes(Integer):
     [
         (spec_of(Integer(), Option(4, 64), dtype=torch.float64), "float32, float16 and bfloat16, not float64"),
         (spec_of(Cubes(), Option(4, 64)), "neither integers nor levels"),
-        (spec_of(BlockClustered(), Option(4, 64), (64, 128)), "cannot read selectors of format anything"),
+        (spec_of(BlockClustered(), Option(4, 64), (64, 128)), "cannot read scales of format anything"),
         (spec_of(Integer(), Option(8, 64), (1 << 19, 1 << 14)), "less than 2147483648 words"),
     ],
 )

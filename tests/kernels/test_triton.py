@@ -14,8 +14,8 @@ from aptq.kernels.triton import ops, read_table
 from aptq.kernels.triton.configs import DENSE, DOTS, FOUR_ROWS, ONE_ROW, SHIPPED, Case, Config, choose, write_table
 
 HALF, FULL = torch.bfloat16, torch.float32
-REGISTERS = {"gemv": 128, "dot": 255, "dense": 128}
-PER_WEIGHT = {"zeros": 5.4, "symmetric": 5.4, "levels": 5.9, "two-sided": 7.7}
+REGISTERS = {"gemv": 128, "dot": 255, "dense": 128}  # of one row; of more rows twice as many
+PER_WEIGHT = {"zeros": 6.0, "symmetric": 6.0, "levels": 6.5, "two-sided": 8.5}  # of the worst width and GPU
 
 
 def test_in_the_interpreter() -> None:
@@ -106,8 +106,8 @@ def assert_gates(jobs: list[tuple[Config, int, str, int]]) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: pip install 'aptq[gpu]'")
     for job, found in zip(jobs, compiled(jobs), strict=True):
         config, _, meaning, _ = job
-        if config.rows < 4 or config.kernel != "gemv":
-            assert found["registers"] <= REGISTERS[config.kernel], job
+        allowed = REGISTERS[config.kernel] * (2 if config.rows > 1 else 1)
+        assert found["registers"] <= min(allowed, 255), job
         assert found["stack"] == 0, job
         assert found["moved"] == 0, job
         assert found["wide_loads"] >= found["words"] // 4, job

@@ -1,4 +1,4 @@
-"""The dense weight, for many rows, and the sum of what programs computed of parts of the inputs."""
+"""The dense weight, for products of many rows."""
 
 from __future__ import annotations
 
@@ -74,25 +74,3 @@ def dense(
                     value -= zero
                 value *= tl.where(value < 0, scale_below, scale) if BELOW else scale
                 tl.store(out + k.to(tl.int64) * width + column, value, mask=keep_k)
-
-
-@triton.jit
-def add_up(parts, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr):
-    """Write the sums of ``parts [SPLITS, size]`` over its first dimension, in one order: the same at every call.
-
-    Args:
-        parts: float32.
-        out: ``[size]``, of any dtype.
-        size: of a part.
-        SPLITS: how many parts.
-        BLOCK: entries of a program, a power of two.
-        COUNT: parts that are read at once, a power of two.
-    """
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    total = tl.zeros((COUNT, BLOCK), tl.float32)
-    for first in tl.static_range(0, SPLITS, COUNT):
-        split = first + tl.arange(0, COUNT)[:, None]
-        total += tl.load(parts + split * size + at, mask=(split < SPLITS) & (at < size), other=0)
-    sums = tl.sum(total, 0)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + at, sums, mask=at < size)

@@ -7,9 +7,10 @@ import triton
 from torch import Tensor
 
 from aptq.kernels.triton.configs import UNIT, Config
-from aptq.kernels.triton.dense import add_up, dense
+from aptq.kernels.triton.dense import dense
 from aptq.kernels.triton.dot import dot
 from aptq.kernels.triton.gemv import gemv
+from aptq.kernels.triton.parts import add_up
 from aptq.kernels.triton.weight import MAGIC, PRIMARY, PackedWeight
 
 _STRIP = 1 << 26
@@ -82,7 +83,7 @@ def _by_parts(x: Tensor, weight: PackedWeight, config: Config, processors: int) 
     )
     if splits > 1:
         block = 128
-        add_up[(triton.cdiv(y.numel(), block),)](parts, y, y.numel(), SPLITS=splits, BLOCK=block, COUNT=8, num_warps=4)
+        add_up[(triton.cdiv(y.numel(), block),)](parts, y, splits, y.numel(), BLOCK=block, COUNT=8, num_warps=4)
     return y
 
 
