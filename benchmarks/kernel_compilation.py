@@ -100,7 +100,7 @@ def page(record: Mapping[str, Any]) -> str:
         "run, and these are no times. Activations are bfloat16, groups 128 inputs, outputs and inputs multiples of the",
         "tiles. For each compute capability: registers of a thread, instructions for a weight in the loop over the",
         "inputs (of `dense`, in all), loads of 128 bits for each four 32-bit words of codes (1.00 and more: all are so",
-        "wide; scales may be as well). Tiles are units of 32 inputs x outputs.",
+        "wide; scales and, in `dot`, activations may be as well). Tiles are units of 32 inputs x outputs.",
         "",
         "| kernel | rows | tile | warps | bits | codes | "
         + " | ".join(f"{value / 10:.1f}: registers | instructions | wide" for value in capabilities)
@@ -117,7 +117,9 @@ def page(record: Mapping[str, Any]) -> str:
         cells = [_cells(by_capability.get(value)) for value in capabilities]
         lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(cells)} |")
     spilled = [row for row in record["rows"] if row["stack"] or row["spills"]]
-    lines += ["", f"Of {len(record['rows'])} compilations {len(spilled) or 'none'} spilled registers.", ""]
+    most = max((row["stack"] for row in spilled), default=0)
+    told = f"{len(spilled)} keep up to {most} bytes of a thread in memory" if spilled else "none spills a register"
+    lines += ["", f"Of {len(record['rows'])} compilations {told}.", ""]
     lines.append(
         f"Triton {record['triton']}, sources {record['sources']}, {record['date']}, written by `{record['command']}`."
     )

@@ -211,8 +211,8 @@ def page(record: Mapping[str, Any]) -> str:
         "# The Triton kernels on a GPU",
         "",
         f"{record['device']}, bfloat16, groups of {record['group_size']}, in CUDA graphs, weights rotated. `bandwidth`",
-        f"is the share of what a copy reaches ({record['bandwidth'] / 1e12:.2f} TB/s): at 100% the time is that of reading",
-        "packed weights and activations."
+        f"is the share of what a copy reaches ({record['bandwidth'] / 1e12:.2f} TB/s): at 100% the time is that of",
+        "reading packed weights and activations."
         + ("" if record.get("finished") else " The time was up before all cases were done."),
         "",
         "| weight | rows | codes | µs | dense µs | x dense | torch int4 µs | bandwidth |",

@@ -27,7 +27,7 @@ from aptq.kernels.triton.weight import PRIMARY
 _KERNELS = {"gemv": gemv, "dot": dot, "dense": dense}
 _TYPES = {"words": "*i32", "scales": "*fp16", "below": "*fp16", "zeros": "*u8", "levels": "*fp32"}
 _NUMBERS = ("begin", "end", "width", "rows", "K", "N", "units", "units_per_split", "magic")
-_MULTIPLES_OF_16 = ("width", "K", "N", "units_per_split")
+_MULTIPLES_OF_16 = ("begin", "end", "width", "K", "N", "units_per_split")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
 MEANINGS = {
     "zeros": {"ZEROS": True, "LEVELS": False, "BELOW": False},

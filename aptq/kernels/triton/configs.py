@@ -68,7 +68,7 @@ DOTS = {
     32: Config(kernel="dot", rows=32, units=2, programs=3),
     64: Config(kernel="dot", rows=64, units=2, programs=2),
 }
-DENSE = Config(kernel="dense", units=1, columns=256)
+DENSE = Config(kernel="dense", units=2, columns=256)
 MOST_ROWS = 64
 """Of a product by ``dot``; more are multiplied by the dense weight."""
 SHIPPED = (*ONE_ROW, *TWO_ROWS, *FOUR_ROWS, *DOTS.values(), DENSE)
