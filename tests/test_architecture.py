@@ -23,7 +23,7 @@ HELPERS = {"aptq.api", "aptq.errors", "aptq.meaning", "aptq.names", "aptq.packin
 
 ALSO = {
     # Native code has no component's name, and its package stands by itself.
-    "aptq.backends": {"aptq.kernels.cpu"},
+    "aptq.backends": {"aptq.kernels.cpu", "aptq.kernels.triton"},
     # Writing model folders is the exporters' work, and aptq.hf says what transformers reads of the native one.
     # Which module is the attention, and which layers are in it, is read from the model in one place.
     "aptq.hessians": {"aptq.models.structure"},

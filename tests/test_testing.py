@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from aptq.api import Allocation, Block, Curvature, LayerStatistics, Option, QuantizedWeight, Rounded
+from aptq.api import Allocation, Block, Curvature, LayerSpec, LayerStatistics, Option, QuantizedWeight, Rounded
 from aptq.config import compose
 from aptq.formats.integer import Integer, IntegerGrid
 from aptq.hessians.input import Input
@@ -47,7 +47,21 @@ def test_built_in_quantizers_pass(name: str) -> None:
 
 @pytest.mark.parametrize("name", _built_ins("backend"))
 def test_built_in_backends_pass(name: str) -> None:
-    check_backend(build("backend", {"name": name}), bits=[3, 4])
+    backend, device = build("backend", {"name": name}), "cpu"
+    spec = LayerSpec(
+        out_features=8,
+        in_features=32,
+        format=Integer(),
+        format_name="integer",
+        option=Option(4, 32),
+        dtype=torch.float32,
+        device=torch.device(device),
+    )
+    if "CUDA device" in (backend.refuses(spec) or ""):
+        if not torch.cuda.is_available():
+            pytest.skip("gpu: no CUDA device here")
+        device = "cuda"
+    check_backend(backend, bits=[3, 4], device=device)
 
 
 @pytest.mark.parametrize("name", _built_ins("hessian"))

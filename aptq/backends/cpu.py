@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from aptq import packing
 from aptq.api import AptqError, LayerSpec
+from aptq.backends.planar import unreadable
 from aptq.kernels.cpu import ARCHITECTURES, TYPES, load_kernels
 from aptq.meaning import Integers, Levels, meaning_of
 
@@ -102,23 +103,8 @@ def _refuses_layout(spec: LayerSpec) -> str | None:
     bits, size = spec.option.bits, spec.option.group_size
     if _group(spec) % _UNIT:
         return f"it takes groups of a multiple of {_UNIT} inputs and whole rows, not of {size}"
-    shape = (spec.out_features, spec.in_features)
-    layout = spec.format.packed_layout(spec.option, shape)
-    scales = (spec.option.num_groups(spec.in_features), spec.out_features)
-    expected: dict[str, set[Any]] = {
-        "qweight": {(packing.packed_shape(*shape, bits), torch.int32)},
-        "scales": {(scales, dtype) for dtype in TYPES},
-        "scales_below": {(scales, dtype) for dtype in TYPES},
-        "qzeros": {(packing.packed_shape(*scales, bits), torch.int32)},
-    }
-    for name, stored in layout.items():
-        if stored not in expected.get(name, ()):
-            return f"it cannot read {name} of format {spec.format_name}, {stored[1]} of shape {tuple(stored[0])}"
-    if len({layout[name][1] for name in layout if name.startswith("scales")}) > 1:
-        return f"it cannot read the scales of format {spec.format_name}, which have several dtypes"
-    meaning = meaning_of(spec.format, spec.option)
-    if meaning is None:
-        return f"it cannot read the codes of format {spec.format_name}: neither integers nor levels times a scale"
-    if not isinstance(meaning, Integers) and bits > 4:
+    if (reason := unreadable(spec, TYPES)) is not None:
+        return reason
+    if bits > 4 and not isinstance(meaning_of(spec.format, spec.option), Integers):
         return f"it reads levels of at most 4 bits, not {bits}"
     return None

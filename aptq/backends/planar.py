@@ -1,0 +1,40 @@
+"""What backends that read the planar layout ask of a format's tensors, whatever the format is called."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from aptq import packing
+from aptq.api import LayerSpec
+from aptq.meaning import meaning_of
+
+
+def unreadable(spec: LayerSpec, scale_dtypes: Collection[torch.dtype]) -> str | None:
+    """Say what of a layer's tensors is not as expected, or None.
+
+    Expected are codes of at most 8 bits (``qweight``, see ``aptq.packing``), scales ``[groups, out]`` of one of some
+    dtypes, for levels below 0 perhaps some of their own (``scales_below``), zeros packed along the outputs
+    (``qzeros``), and codes that mean integers or levels times a scale.
+    """
+    bits, shape = spec.option.bits, (spec.out_features, spec.in_features)
+    if bits > 8:
+        return f"it reads codes of at most 8 bits, not {bits}"
+    layout = spec.format.packed_layout(spec.option, shape)
+    scales = (spec.option.num_groups(spec.in_features), spec.out_features)
+    expected: dict[str, set[Any]] = {
+        "qweight": {(packing.packed_shape(*shape, bits), torch.int32)},
+        "scales": {(scales, dtype) for dtype in scale_dtypes},
+        "scales_below": {(scales, dtype) for dtype in scale_dtypes},
+        "qzeros": {(packing.packed_shape(*scales, bits), torch.int32)},
+    }
+    for name, stored in layout.items():
+        if stored not in expected.get(name, ()):
+            return f"it cannot read {name} of format {spec.format_name}, {stored[1]} of shape {tuple(stored[0])}"
+    if len({layout[name][1] for name in layout if name.startswith("scales")}) > 1:
+        return f"it cannot read the scales of format {spec.format_name}, which have several dtypes"
+    if meaning_of(spec.format, spec.option) is None:
+        return f"it cannot read the codes of format {spec.format_name}: neither integers nor levels times a scale"
+    return None

@@ -1,0 +1,122 @@
+"""Starts the kernels on tensors."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from aptq.kernels.triton.configs import UNIT, Config
+from aptq.kernels.triton.dense import dense
+from aptq.kernels.triton.dot import dot
+from aptq.kernels.triton.gemv import gemv
+from aptq.kernels.triton.parts import add_up
+from aptq.kernels.triton.weight import MAGIC, PRIMARY, PackedWeight
+
+_STRIP = 1 << 26
+"""Weights that are unpacked at once for a dense product."""
+
+
+def multiply(x: Tensor, weight: PackedWeight, config: Config, processors: int) -> Tensor:
+    """Return ``x W^T``, ``[rows, out]``, for a contiguous ``x [rows, in]``, in its dtype.
+
+    Args:
+        x: activations, on the device of the weight.
+        weight: the weight.
+        config: kernel and tiles.
+        processors: multiprocessors of the device.
+    """
+    if not x.shape[0]:
+        return x.new_empty(0, weight.out_features)
+    if config.kernel == "dense":
+        return _by_strips(x, weight, config)
+    return _by_parts(x, weight, config, processors)
+
+
+def meanings(weight: PackedWeight) -> dict[str, object]:
+    """Return the kernels' constants that say what codes mean."""
+    return {
+        "BITS": weight.bits,
+        "PRIMARY": PRIMARY[weight.bits],
+        "GROUP": 0 if weight.group >= weight.in_features else weight.group,
+        "ZEROS": weight.zeros is not None,
+        "LEVELS": weight.levels is not None,
+        "BELOW": weight.below is not None,
+    }
+
+
+def _tensors(weight: PackedWeight) -> list[Tensor]:
+    """Return the kernels' pointers; what a weight has not is never read."""
+    scales = weight.scales
+    optional = [scales if each is None else each for each in (weight.below, weight.zeros, weight.levels)]
+    return [weight.qweight, scales, *optional]
+
+
+def _by_parts(x: Tensor, weight: PackedWeight, config: Config, processors: int) -> Tensor:
+    """Let each program compute some outputs of a part of the inputs, and add the parts up."""
+    rows, out_features, units = x.shape[0], weight.out_features, weight.qweight.shape[0]
+    grid = triton.cdiv(out_features, config.columns), 1, triton.cdiv(rows, config.rows)
+    steps = triton.cdiv(units, config.units)
+    steps_per_split = triton.cdiv(steps, max(1, config.programs * processors // (grid[0] * grid[2])))
+    splits = triton.cdiv(steps, steps_per_split)
+    y = x.new_empty(rows, out_features)
+    parts = y if splits == 1 else torch.empty(splits, rows, out_features, dtype=torch.float32, device=x.device)
+    kernel = gemv if config.kernel == "gemv" else dot
+    kernel[(grid[0], splits, grid[2])](
+        x,
+        *_tensors(weight),
+        parts,
+        rows,
+        weight.in_features,
+        out_features,
+        units,
+        steps_per_split * config.units,
+        MAGIC,
+        **meanings(weight),
+        TAIL=weight.in_features % UNIT != 0,
+        EVEN=units % config.units == 0,
+        ROWS=config.rows,
+        UNITS=config.units,
+        COLUMNS=config.columns,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    if splits > 1:
+        block = 128
+        add_up[(triton.cdiv(y.numel(), block),)](parts, y, splits, y.numel(), BLOCK=block, COUNT=8, num_warps=4)
+    return y
+
+
+def _by_strips(x: Tensor, weight: PackedWeight, config: Config) -> Tensor:
+    """Unpack some outputs at a time for torch's product."""
+    rows, out_features = x.shape[0], weight.out_features
+    width = min(out_features, max(config.columns, _STRIP // weight.in_features // config.columns * config.columns))
+    room = x.new_empty(weight.in_features, width)
+    if width == out_features:
+        return x @ unpack(weight, 0, out_features, room, config)
+    y = x.new_empty(rows, out_features)
+    for begin in range(0, out_features, width):
+        end = min(begin + width, out_features)
+        y[:, begin:end] = x @ unpack(weight, begin, end, room, config)
+    return y
+
+
+def unpack(weight: PackedWeight, begin: int, end: int, room: Tensor, config: Config) -> Tensor:
+    """Write ``W^T [in, end - begin]`` of some outputs into ``room [in, at least as many]`` and return that part."""
+    units = weight.qweight.shape[0]
+    dense[(triton.cdiv(end - begin, config.columns), triton.cdiv(units, config.units))](
+        *_tensors(weight),
+        room,
+        begin,
+        end,
+        room.shape[1],
+        weight.in_features,
+        weight.out_features,
+        units,
+        MAGIC,
+        **meanings(weight),
+        UNITS=config.units,
+        COLUMNS=config.columns,
+        num_warps=config.warps,
+    )
+    return room[:, : end - begin]

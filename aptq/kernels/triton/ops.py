@@ -1,0 +1,80 @@
+"""The product with a packed weight on a GPU as an operator of torch, which compiled and captured graphs can hold.
+
+``torch.ops.aptq.triton_matmul`` is defined whether or not Triton is installed; the kernels are imported when it is
+first called.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from aptq.kernels.triton.configs import UNIT, Case, choose
+from aptq.kernels.triton.weight import PackedWeight
+
+OPERATORS = torch.library.Library("aptq", "FRAGMENT")
+OPERATORS.define(
+    "triton_matmul(Tensor x, Tensor qweight, Tensor scales, Tensor? below, Tensor? zeros, Tensor? levels, int group, "
+    "str table) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def triton_matmul(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    below: Tensor | None,
+    zeros: Tensor | None,
+    levels: Tensor | None,
+    group: int,
+    table: str,
+) -> Tensor:
+    """Return ``x W^T``, ``[..., out]``, for ``x [..., in]`` of float32, float16 or bfloat16 (see ``PackedWeight``).
+
+    Args:
+        x: activations.
+        qweight: as in ``PackedWeight``, and so the five after it.
+        scales: of groups.
+        below: scales of levels below 0, or None.
+        zeros: zeros of integers, or None.
+        levels: what codes stand for, or None for integers.
+        group: inputs that share a scale.
+        table: a tuning table's path, or "".
+    """
+    from aptq.kernels.triton.launch import multiply
+
+    in_features = x.shape[-1]
+    weight = PackedWeight(
+        qweight=qweight, scales=scales, below=below, zeros=zeros, levels=levels, in_features=in_features, group=group
+    )
+    rows = x.reshape(-1, in_features).contiguous()
+    case = Case(
+        rows=max(1, rows.shape[0]),
+        out_features=weight.out_features,
+        in_features=in_features,
+        bits=weight.bits,
+        levels=levels is not None,
+        dtype=x.dtype,
+        whole_units=group % UNIT == 0 or group >= in_features,
+    )
+    processors = _processors(x.device)
+    y = multiply(rows, weight, choose(case, processors, table), processors)
+    return y.view(*x.shape[:-1], weight.out_features)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """Return a GPU's number of multiprocessors; of anything else, on which kernels are interpreted, 1."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _fake(x: Tensor, qweight: Tensor, scales: Tensor, *rest: object) -> Tensor:
+    del qweight, rest
+    return x.new_empty(*x.shape[:-1], scales.shape[1])
+
+
+OPERATORS.impl("triton_matmul", triton_matmul, "CUDA")
+torch.library.register_fake("aptq::triton_matmul", _fake, lib=OPERATORS)

@@ -1,0 +1,35 @@
+"""A packed weight as the kernels read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+PRIMARY = {1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 4, 8: 8}
+"""Width of the first plane of the codes of some bits, see ``aptq.packing``."""
+MAGIC = 0x4B000000
+"""The bits of the float32 2^23: with a number below it in the bits of the mantissa, that of their sum."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PackedWeight:
+    """A weight ``[out, in]``; every tensor is contiguous and on one device."""
+
+    qweight: Tensor  # int32 [ceil(in / 32), bits, out]
+    scales: Tensor  # [groups, out], of any floating dtype
+    below: Tensor | None = None  # [groups, out]: scales of levels below 0, where those have their own
+    zeros: Tensor | None = None  # [groups, out], numbers of any dtype; None: every zero is 2^(bits - 1)
+    levels: Tensor | None = None  # float32 [2^bits]: what codes stand for; None: integers
+    in_features: int
+    group: int  # inputs that share a scale; as many as there are, or more: all
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return self.qweight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.scales.shape[1]
