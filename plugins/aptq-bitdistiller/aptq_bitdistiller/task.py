@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -86,6 +87,9 @@ def distil(config: DictConfig | list[str], on_open: Callable[[Path], None] | Non
     with job.callbacks, Run.open(settings, job.record) as new:
         if on_open is not None:
             on_open(new.folder)
+        checkpoints = new.folder / _CHECKPOINTS
+        if not new.resumed:  # those of a run that this one overwrites
+            shutil.rmtree(checkpoints, ignore_errors=True)
         job.callbacks.on_run_start(folder=new.folder, config=job.record)
         new.save_plan(job.plan)
         seconds: dict[str, float] = {}
@@ -94,6 +98,7 @@ def distil(config: DictConfig | list[str], on_open: Callable[[Path], None] | Non
         metrics = _judge(job, new, seconds)
         new.write_metrics(metrics)
         new.finish()
+        shutil.rmtree(checkpoints, ignore_errors=True)
         job.callbacks.on_run_end(folder=new.folder, metrics=metrics)
     write_report(new.folder)
     return new

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from aptq_bitdistiller.loss import confidence, cross_entropy, divergence, masked_mean
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+
+from aptq_bitdistiller.loss import confidence, cross_entropy, divergence, masked_mean
 
 
 def _logits(seed: int, scale: float = 2.0) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from aptq_bitdistiller.student import StudentLinear, enroll, teaching
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -17,6 +16,7 @@ from aptq.api import AptqError, Option, RoundableFormat
 from aptq.finished import job_of
 from aptq.registry import build
 from aptq.run import Run
+from aptq_bitdistiller.student import StudentLinear, enroll, teaching
 
 INTEGER = {"name": "integer", "group_size": 16}
 FORMATS = [

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from aptq_bitdistiller import training
-from aptq_bitdistiller.task import distil
-from aptq_bitdistiller.training import latest_checkpoint
 
 import aptq
 from aptq.api import AptqError
 from aptq.experiment import evaluate, export
 from aptq.report import write_report
 from aptq.run import Run
+from aptq_bitdistiller import task, training
+from aptq_bitdistiller.task import distil
+from aptq_bitdistiller.training import latest_checkpoint
 
 
 @pytest.fixture
@@ -147,10 +147,23 @@ def test_a_training_that_diverges_says_so(overrides: Callable[..., list[str]], m
         distil(overrides())
 
 
-def test_a_finished_run_and_another_config_are_refused(overrides: Callable[..., list[str]]) -> None:
-    distil(overrides("training.steps=1"))
+def test_other_settings_than_those_it_began_with_are_refused_and_overwriting_starts_anew(
+    overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(task, "_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            distil(overrides("training.steps=4"))
+    assert latest_checkpoint(tmp_path / "new" / "checkpoints") is not None
+    with pytest.raises(AptqError, match=r"training.steps: 4 -> 2"):
+        distil(overrides("training.steps=2"))
+    run = distil(overrides("training.steps=2", "overwrite=true"))
+    assert len((run.folder / "losses.csv").read_text().splitlines()) == 3
     with pytest.raises(AptqError, match="is finished"):
-        distil(overrides("training.steps=1"))
+        distil(overrides("training.steps=2"))
 
 
 def test_the_command_trains_and_helps(overrides: Callable[..., list[str]], tmp_path: Path) -> None:

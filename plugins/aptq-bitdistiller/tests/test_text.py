@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from aptq_bitdistiller.text import TextSettings, generated, given, order
 from transformers import AutoModelForCausalLM
 
 from aptq.api import AptqError
+from aptq_bitdistiller.text import TextSettings, generated, given, order
 
 SETTINGS = TextSettings(samples=5, length=24, prompt_length=8, batch_size=2, temperature=1.0)
 
