@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _CHECKPOINTS = "checkpoints"
+_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -50,6 +51,7 @@ class _Job:
     """Everything that is known before any work."""
 
     origin: Run
+    output: Path
     plan: Plan
     quantized: ExportJob
     source: ModelSource
@@ -81,9 +83,11 @@ def distil(config: DictConfig | list[str], on_open: Callable[[Path], None] | Non
         AptqError: something that the caller can mend; said before any work where it can be known then.
     """
     composed = config if isinstance(config, DictConfig) else compose(list(config), "bitdistiller")
+    if OmegaConf.is_missing(composed, "run"):
+        raise AptqError("run has no value. Give the folder of a finished run: run=runs/<name>/<id>")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it introduces itself otherwise
     job = _prepare(OmegaConf.to_container(composed, resolve=True))  # type: ignore[arg-type]
-    settings = RunSettings(dir=job.config["output"], overwrite=job.config["overwrite"])
+    settings = RunSettings(dir=str(job.output), overwrite=job.config["overwrite"])
     with job.callbacks, Run.open(settings, job.record) as new:
         if on_open is not None:
             on_open(new.folder)
@@ -112,7 +116,13 @@ def _prepare(config: dict[str, Any]) -> _Job:
         raise AptqError(
             f"fabric.devices={config['fabric']['devices']}: a student is trained on one device; use fabric.devices=1."
         )
+    if config["fabric"]["precision"] not in _PRECISIONS:
+        raise AptqError(
+            f"fabric.precision={config['fabric']['precision']}: trained weights and scales stay in float32; use one of "
+            f"{', '.join(_PRECISIONS)}."
+        )
     origin = Run.read(Path(config["run"]))
+    output = Path(config["output"] or f"{origin.folder}_distilled")
     quantized, plan = job_of(origin), origin.plan()
     assert plan is not None  # job_of would have raised
     for option in set(quantized.plan.values()):
@@ -125,9 +135,10 @@ def _prepare(config: dict[str, Any]) -> _Job:
         raise AptqError(f"text.length={text.length} is more than the {longest} positions of the model; set it to less.")
     own = {key: config[key] for key in ("text", "training", "fabric", "logger", "callback", "backend")}
     fabric = launch(config)
-    loggers = [registry.build("logger", config["logger"], save_dir=config["output"])] if config["logger"] else []
+    loggers = [registry.build("logger", config["logger"], save_dir=output)] if config["logger"] else []
     return _Job(
         origin=origin,
+        output=output,
         plan=plan,
         quantized=quantized,
         source=source,

@@ -81,10 +81,19 @@ def mean_confidence(model: PreTrainedModel, text: Text, settings: TrainingSettin
     ):
         ids = tokens.to(model.device)
         with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            found = confidence(logits.float(), ids[:, 1:]).cpu()
+            found = confidence(logits_of(model, ids), ids[:, 1:]).cpu()
         total += float(found[mask].double().sum())
     return total / count
+
+
+def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Return the logits of all predictions that have a target, ``[batch, length - 1, vocabulary]``, in float32.
+
+    What fills a sample up lies behind its end, where no prediction that counts can see it: there is nothing to mask.
+    """
+    output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+    logits: Tensor = output.logits[:, :-1].float()
+    return logits
 
 
 class Distillation(LightningModule):
@@ -126,15 +135,10 @@ class Distillation(LightningModule):
         tokens = self.text.tokens[chosen].to(self.device)
         counts = self.text.predicted()[chosen].to(self.device)
         if self.settings.loss == "cross_entropy":
-            return masked_mean(cross_entropy(self._logits(tokens), tokens[:, 1:]), counts)
+            return masked_mean(cross_entropy(logits_of(self.model, tokens), tokens[:, 1:]), counts)
         with torch.no_grad(), teaching(self.students):
-            teacher = self._logits(tokens)
-        return masked_mean(divergence(self._logits(tokens), teacher, self.gamma), counts)
-
-    def _logits(self, tokens: Tensor) -> Tensor:
-        """Return the logits of all predictions that have a target, ``[batch, length - 1, vocabulary]``, float32."""
-        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-        return logits
+            teacher = logits_of(self.model, tokens)
+        return masked_mean(divergence(logits_of(self.model, tokens), teacher, self.gamma), counts)
 
     def configure_optimizers(self) -> Any:
         """Return AdamW on the trained weights, its rate rising, then falling as a cosine."""

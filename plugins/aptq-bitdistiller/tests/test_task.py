@@ -130,7 +130,9 @@ def test_gamma_is_measured_or_given(overrides: Callable[..., list[str]], make_ru
         (["training.stesp=3"], "stesp"),
         (["text.length=500"], "128 positions"),
         (["fabric.devices=2"], "one device"),
+        (["fabric.precision=bf16-true"], "use one of 32-true, 16-mixed, bf16-mixed"),
         (["run=nowhere"], "no run folder"),
+        (["run=???"], "run has no value"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(
