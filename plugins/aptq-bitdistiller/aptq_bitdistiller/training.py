@@ -39,7 +39,7 @@ class TrainingSettings:
     steps: int = 100
     batch_size: int = 4
     accumulate: int = 1  # batches in a step
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     warmup: float = 0.1  # share of the steps in which the learning rate rises to it; it then falls as a cosine, to 0
     weight_decay: float = 0.0
     gradient_clip: float = 1.0
