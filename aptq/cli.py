@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.logging import RichHandler
 
+from aptq import registry
 from aptq.config import CONF, VERSION_BASE, explain_hydra_error, prepare_hydra
 from aptq.errors import AptqError
 
@@ -92,7 +93,10 @@ def _run(config: DictConfig) -> None:
         "benchmark": _benchmark,
     }
     try:
-        tasks[config.task](config)
+        if config.task in tasks:
+            tasks[config.task](config)
+        else:
+            registry.load(registry.TASK, config.task)(config, _log_to)
     except AptqError as error:  # here, since Hydra would first print the command line again
         _log.error("aptq: %s", error)
         _log.debug("raised here", exc_info=True)

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from aptq.config_errors import explain_hydra_error, plain_section
 from aptq.errors import AptqError
-from aptq.registry import KINDS
+from aptq.registry import KINDS, TASK
 from aptq.typed import arguments
 
 __all__ = ["CONF", "compose", "explain_hydra_error", "plugin_folders", "prepare_hydra", "run_id", "to_settings"]
@@ -148,8 +148,9 @@ def to_settings(cls: type[Settings], section: Mapping[str, Any], where: str) -> 
 
 
 def config_files(kind: str) -> dict[str, Path]:
-    """Return the YAML files of a config group by name, from this package and from plug-ins."""
-    if kind not in KINDS:
+    """Return the YAML files of a config group by name, from this package and from plug-ins; primaries for tasks."""
+    if kind not in (*KINDS, TASK):
         raise AptqError(f"There is no kind of component {kind!r}; kinds are {', '.join(KINDS)}.")
+    group = "" if kind == TASK else kind
     folders = [*reversed(plugin_folders().values()), CONF]
-    return {path.stem: path for folder in folders for path in sorted((folder / kind).glob("*.yaml"))}
+    return {path.stem: path for folder in folders for path in sorted((folder / group).glob("*.yaml"))}

@@ -87,7 +87,8 @@ def _missing_config(error: MissingConfigException) -> str:
     if not group:
         return (
             f"There is no primary config {missing!r}. Choose one of those that come with aptq "
-            "(quantize, evaluate, export, benchmark, report) or give its folder with --config-dir."
+            "(quantize, evaluate, export, benchmark, report) or of an installed plug-in (aptq plugins), or give its "
+            "folder with --config-dir."
         )
     known = sorted(str(option) for option in error.options or ())
     hint = nearest(name, known)

@@ -48,7 +48,7 @@ class Judge:
     ) -> dict[str, Any]:
         """Return the evaluator's measures, those of the original as ``baseline_<measure>``, and ``samples``.
 
-        Each model is in memory alone. ``original`` None leaves the baseline out.
+        Each model is in memory alone. ``original`` None leaves the baseline out, in samples too.
         """
         from aptq.hf import load  # imports transformers: heavy
 

@@ -54,7 +54,11 @@ def _is_measure(value: Any) -> bool:
 
 def _is_samples(value: Any) -> bool:
     keys = ("prompt", "original", "quantized")
-    return isinstance(value, list) and all(_object(item, lambda text: isinstance(text, str), *keys) for item in value)
+    return isinstance(value, list) and all(
+        _object(item, lambda text: text is None or isinstance(text, str), *keys)
+        and None not in (item["prompt"], item["quantized"])  # the original is not there where there is no baseline
+        for item in value
+    )
 
 
 _Rule = tuple[str, Callable[[Any], bool]]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aptq.config import config_files, plugin_folders
-from aptq.registry import Description, describe, origin
+from aptq.registry import TASK, Description, describe, origin
 
 __all__ = ["main"]
 
@@ -45,9 +45,12 @@ def _with_config(found: Description) -> Description:
     """Add what only a check of the config folders can tell: a component without YAML cannot be chosen by name."""
     if found.status == "error" or found.name in config_files(found.kind):
         return found
+    chosen, file = f"{found.kind}={found.name}", f"{found.kind}/{found.name}.yaml"
+    if found.kind == TASK:
+        chosen, file = f"aptq -cn {found.name}", f"{found.name}.yaml"
     problem = (
         f"{found.kind} {found.name!r} from {found.distribution} {found.version} has no config file: "
-        f"{found.kind}={found.name} cannot choose it until its package brings {found.kind}/{found.name}.yaml."
+        f"{chosen} cannot choose it until its package brings {file}."
     )
     return dataclasses.replace(found, status="error", problem=problem)
 

@@ -17,7 +17,7 @@ from aptq.config_errors import plain_section
 from aptq.errors import AptqError
 from aptq.typed import arguments, convert, keys_of, nearest
 
-__all__ = ["KINDS", "Description", "available", "build", "describe", "load", "origin"]
+__all__ = ["KINDS", "TASK", "Description", "available", "build", "describe", "load", "origin"]
 
 CONTRACTS: Mapping[str, type] = {
     "hessian": api.HessianEstimator,
@@ -32,6 +32,12 @@ CONTRACTS: Mapping[str, type] = {
     "callback": api.Callback,
 }
 KINDS = (*CONTRACTS, "logger")
+
+TASK = "task"
+"""What a plug-in adds to the command line: ``run(config, on_open)``, for a primary config whose ``task`` names it.
+
+``config`` is the composed config, and ``on_open(folder)`` begins the log in a run folder once that is ours.
+"""
 
 Status = Literal["installed", "ok", "error"]
 
@@ -141,12 +147,13 @@ def origin(point: EntryPoint) -> str:
 
 
 def describe(*, check: bool = False) -> list[Description]:
-    """List all installed components, in the order of ``KINDS`` and by name.
+    """List all installed components, in the order of ``KINDS`` and by name, and the tasks of plug-ins.
 
     Args:
         check: import each and see that it has what its kind needs; failures are in ``problem``, never raised.
     """
-    return [_describe(kind, point, check) for kind in KINDS for point in sorted(_points(kind), key=lambda p: p.name)]
+    kinds = (*KINDS, TASK)
+    return [_describe(kind, point, check) for kind in kinds for point in sorted(_points(kind), key=lambda p: p.name)]
 
 
 def _describe(kind: str, point: EntryPoint, check: bool) -> Description:
@@ -168,7 +175,7 @@ def _describe(kind: str, point: EntryPoint, check: bool) -> Description:
 
 
 def _points(kind: str) -> list[EntryPoint]:
-    if kind not in KINDS:
+    if kind not in (*KINDS, TASK):
         raise AptqError(f"There is no kind of component {kind!r}.{nearest(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
     return list(entry_points(group=f"aptq.{kind}s"))
 

@@ -43,6 +43,7 @@ def test_help_names_groups_and_keys(aptq: Callable[..., subprocess.CompletedProc
         (("data=text", "data.path=missing.txt"), "missing.txt"),
         (("-cn", "quantise"), "quantize"),
         (("-cn", "report", "run=nowhere"), "nowhere"),
+        (("task=evaluat",), "Unknown task 'evaluat'"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(

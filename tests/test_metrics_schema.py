@@ -20,7 +20,7 @@ METRICS: dict[str, Any] = {
 
 
 def test_metrics_may_have_samples_an_audit_and_other_measures() -> None:
-    samples = [{"prompt": "a", "original": "b", "quantized": "c"}]
+    samples = [{"prompt": "a", "original": original, "quantized": "c"} for original in ("b", None)]
     audit = {"spearman": 0.9, "slope": 1.0, "plans": 5}
     check_metrics(METRICS | {"samples": samples, "audit": audit, "accuracy": {"arc": 0.3}, "perplexity": {}})
 
@@ -36,6 +36,7 @@ def test_metrics_may_have_samples_an_audit_and_other_measures() -> None:
         ({"peak_rss_bytes": None}, "peak_rss_bytes must be"),
         ({"peak_device_bytes": -1}, "peak_device_bytes must be"),
         ({"samples": [{"prompt": "a"}]}, "samples must be"),
+        ({"samples": [{"prompt": "a", "original": "b", "quantized": None}]}, "samples must be"),
         ({"perplexities": 3}, "perplexities must be"),
     ],
 )

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PLUGINS = ("aptq-bitdistiller", "aptq-ternary")
 PARTS = ("aptq", "conf", "packaging", "plugins", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE")
 AUTOLOAD = "import transformers.quantizers.auto as auto; print('aptq' in auto.AUTO_QUANTIZER_MAPPING)"
 COMPOSE = (
@@ -76,13 +77,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheels(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Build a wheel of the package, by way of its source distribution, and one of the plug-in."""
+    """Build a wheel of the package, by way of its source distribution, and one of each plug-in."""
     folder = tmp_path_factory.mktemp("wheels")
     _run(sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", folder, cwd=checkout)
     (archive,) = folder.glob("aptq-*.tar.gz")
     with tarfile.open(archive) as sources:
         sources.extractall(folder, filter="data")
-    for source in (folder / archive.name.removesuffix(".tar.gz"), checkout / "plugins" / "aptq-ternary"):
+    plugins = (checkout / "plugins" / name for name in PLUGINS)
+    for source in (folder / archive.name.removesuffix(".tar.gz"), *plugins):
         _run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=source)
     return {path.name.partition("-")[0]: path for path in folder.glob("*.whl")}
 
@@ -93,6 +95,7 @@ def _check_installed(environment: Path, outside: Path, conf: Path) -> None:
     assert {row["status"] for row in rows} == {"ok"}
     assert found["format", "integer"]["distribution"] == "aptq"
     assert found["format", "ternary"]["distribution"] == "aptq-ternary"
+    assert found["task", "bitdistiller"]["distribution"] == "aptq-bitdistiller"
     python = environment / "bin" / "python"
     assert _run(python, "-c", COMPOSE, cwd=outside).split() == [str(conf), "ternary"]
     assert _run(python, "-c", AUTOLOAD, cwd=outside).strip() == "True"
@@ -118,7 +121,8 @@ def test_wheels_work_outside_the_repository(wheels: dict[str, Path], environment
 
 @pytest.mark.slow
 def test_editable_installs_work_outside_the_repository(checkout: Path, environment: Path, tmp_path: Path) -> None:
-    _pip(environment, "-e", checkout, "-e", checkout / "plugins" / "aptq-ternary", cwd=tmp_path)
+    plugins = [word for name in PLUGINS for word in ("-e", checkout / "plugins" / name)]
+    _pip(environment, "-e", checkout, *plugins, cwd=tmp_path)
     _check_installed(environment, tmp_path, checkout / "conf")
 
 
@@ -146,8 +150,16 @@ def test_constraints_pin_all_that_the_package_names() -> None:
     assert list(pins) == sorted(pins)
 
 
-def test_the_plug_in_states_which_versions_it_works_with() -> None:
-    assert "aptq>=0.1,<0.2" in _project(ROOT / "plugins" / "aptq-ternary" / "pyproject.toml")["dependencies"]
+@pytest.mark.parametrize("name", PLUGINS)
+def test_a_plug_in_states_which_versions_it_works_with(name: str) -> None:
+    assert "aptq>=0.1,<0.2" in _project(ROOT / "plugins" / name / "pyproject.toml")["dependencies"]
+
+
+def test_all_plug_ins_are_installed_linted_and_packaged() -> None:
+    assert sorted(path.name for path in (ROOT / "plugins").iterdir() if path.is_dir()) == list(PLUGINS)
+    for file in ("Makefile", ".pre-commit-config.yaml"):
+        text = (ROOT / file).read_text()
+        assert all(f"plugins/{name}/{name.replace('-', '_')}" in text for name in PLUGINS), file
 
 
 def test_compromised_releases_of_lightning_are_kept_out() -> None:

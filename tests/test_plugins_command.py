@@ -71,6 +71,21 @@ def test_check_misses_a_config_file(
     assert "metric/fileless.yaml" in row["problem"]
 
 
+def test_a_task_of_a_plug_in_is_listed_and_needs_a_primary_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = "[aptq.tasks]\ndistort = distort:run\n[aptq.conf]\ndistort = distort_conf\n"
+    _install(tmp_path, "distort", points, "def run(config, on_open):\n    pass\n")
+    (tmp_path / "distort_conf").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["--check", "--json"]) == 1
+    (broken,) = [row for row in json.loads(capsys.readouterr().out) if row["status"] == "error"]
+    assert (broken["kind"], broken["name"]) == ("task", "distort")
+    assert "aptq -cn distort" in broken["problem"]
+    (tmp_path / "distort_conf" / "distort.yaml").write_text("task: distort\n")
+    assert main(["--check", "--json"]) == 0
+
+
 def test_check_misses_a_config_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,6 +69,7 @@ from aptq.api.rounding import (
     QuantizedWeight,
     Quantizer,
     RefitGrid,
+    RoundableFormat,
     Rounded,
     format_of,
 )
@@ -119,6 +120,7 @@ __all__ = [
     "Quantizer",
     "QuantizedWeight",
     "RefitGrid",
+    "RoundableFormat",
     "Rounded",
     "SensitivityMetric",
     "SequentialEstimator",

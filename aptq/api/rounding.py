@@ -110,6 +110,17 @@ class Format(Protocol):
 
 
 @runtime_checkable
+class RoundableFormat(Format, Protocol):
+    """A format whose stored layers can be rounded to anew: whoever trains a quantized model needs it."""
+
+    def grid(self, quantized: QuantizedWeight, option: Option) -> Grid:
+        """Return the grid that a stored weight lies on: one head, columns in their natural order.
+
+        What ``dequantize`` gives is rounded to itself; ``finish`` binds other codes to the same parameters.
+        """
+
+
+@runtime_checkable
 class FormatSet(Format, Protocol):
     """A format that is several: each layer is stored in the one that its ``Option.format`` names."""
 

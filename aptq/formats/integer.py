@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -11,9 +12,9 @@ from torch import Tensor
 from aptq import packing
 from aptq.api import AptqError, Option, QuantizedWeight
 from aptq.formats.grouped import GroupedGrid, check_fields, check_group, split_groups
-from aptq.formats.scales import pack_scales, read_scales, scale_layout, scale_unit, stored_scale
+from aptq.formats.scales import pack_scales, read_scales, scale_layout, scale_unit, stored_scale, stored_unit
 
-_CLIPS = ("shared", "asymmetric")
+_CLIPS = ("shared", "asymmetric", "joint")
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class Integer:
     its range always holds 0. Scales are rounded to ``scale_dtype`` *before* codes are chosen, so that what is stored is
     what was rounded to. ``clip_steps`` > 0 searches, per group, that many smaller ranges (down to ``clip_min`` of the
     full one) for the least rounding error, each column weighed by the curvature's diagonal where there is one. With
-    ``clip="shared"`` both ends of the range shrink alike; ``clip="asymmetric"`` then searches each end by itself
-    (BitDistiller, ACL 2024, section 3.1, there over all pairs and with inputs in place of weights), in three times the
-    time.
+    ``clip="shared"`` both ends of the range shrink alike; ``clip="asymmetric"`` then searches each end by itself, in
+    three times the time; ``clip="joint"`` tries every pair of ends, in ``clip_steps + 1`` times the time (BitDistiller,
+    ACL 2024, section 3.1, there on the outputs of the group for the inputs themselves).
     """
 
     group_size: int = 64
@@ -76,19 +77,24 @@ class Integer:
     ) -> tuple[Tensor, Tensor]:
         """Return the scale and zero of the range with the least (weighted) squared error in each group.
 
-        First both ends shrink alike; with ``clip="asymmetric"`` each end is then searched with the other one in place.
+        First both ends shrink alike; with ``clip="asymmetric"`` each end is then searched with the other one in place,
+        and ``clip="joint"`` goes through all pairs instead.
         """
         shares = [1.0 - (1.0 - self.clip_min) * step / self.clip_steps for step in range(self.clip_steps + 1)]
         best = _Range(low, high, *self._grid(low, high, unit, bits), error=torch.full_like(low, float("inf")))
+        if self.clip == "joint" and not self.symmetric:
+            for bottom, top in product(shares, shares):
+                best = best.or_better(self._range(groups, weights, low * bottom, high * top, unit, bits))
+            return best.scale, best.zero
         for share in shares:
             best = best.or_better(self._range(groups, weights, low * share, high * share, unit, bits))
         if self.clip == "asymmetric" and not self.symmetric:
-            top = best.high
+            high_end = best.high
             for share in shares:
-                best = best.or_better(self._range(groups, weights, low * share, top, unit, bits))
-            bottom = best.low
+                best = best.or_better(self._range(groups, weights, low * share, high_end, unit, bits))
+            low_end = best.low
             for share in shares:
-                best = best.or_better(self._range(groups, weights, bottom, high * share, unit, bits))
+                best = best.or_better(self._range(groups, weights, low_end, high * share, unit, bits))
         return best.scale, best.zero
 
     def _range(
@@ -102,6 +108,15 @@ class Integer:
             square = exact.round().clamp_(0, (1 << bits) - 1).sub_(exact).square_()
             error[:, g] = square.sum(-1) if weights is None else (square @ weights[g].unsqueeze(-1)).squeeze(-1)
         return _Range(low, high, scale, zero, error=error.mul_(scale.square()))
+
+    def grid(self, quantized: QuantizedWeight, option: Option) -> IntegerGrid:
+        """Return the grid that a stored weight lies on; see ``aptq.api.RoundableFormat``."""
+        scale = read_scales(quantized.parameters, self.scale_dtype)[None]
+        middle = torch.full_like(scale, float(1 << (option.bits - 1)))
+        zero = middle if self.symmetric else quantized.parameters["zeros"].to(scale)[None]
+        unit = stored_unit(quantized.parameters)
+        places = IntegerGrid.places(quantized.codes[None], option)
+        return IntegerGrid((scale, zero), *places, unit=unit, bits=option.bits, format=self)
 
     def dequantize(self, quantized: QuantizedWeight, option: Option) -> Tensor:
         """Return ``(code - zero) * scale`` as float32 ``[out, in]`` (a transposed view of memory ``[in, out]``)."""

@@ -13,7 +13,15 @@ from torch import Tensor
 from aptq import packing
 from aptq.api import AptqError, Option, QuantizedWeight
 from aptq.formats.grouped import GroupedGrid, check_fields, check_group, split_groups
-from aptq.formats.scales import BLOCK_SCALES, pack_scales, read_scales, scale_layout, scale_unit, stored_scale
+from aptq.formats.scales import (
+    BLOCK_SCALES,
+    pack_scales,
+    read_scales,
+    scale_layout,
+    scale_unit,
+    stored_scale,
+    stored_unit,
+)
 
 _FLOATS = {3: (0.0, 1.0, 2.0, 4.0), 4: (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)}
 """Magnitudes of floating-point numbers with a sign, two bits of exponent and none or one of mantissa (e2m0, e2m1)."""
@@ -132,6 +140,16 @@ class LevelFormat:
                 least[side] = torch.where(better, error, least[side])
                 best[side] = torch.where(better, tried[side], best[side])
         return best[0], best[1]
+
+    def grid(self, quantized: QuantizedWeight, option: Option) -> LevelGrid:
+        """Return the grid that a stored weight lies on; see ``aptq.api.RoundableFormat``."""
+        above = read_scales(quantized.parameters, self.scale_dtype)[None]
+        below = above
+        if self.asymmetric:
+            below = read_scales(quantized.parameters, self.scale_dtype, "scales_below")[None]
+        table, unit = self._levels(option, above), stored_unit(quantized.parameters)
+        places = LevelGrid.places(quantized.codes[None], option)
+        return LevelGrid((below, above), *places, levels=table, unit=unit, format=self)
 
     def dequantize(self, quantized: QuantizedWeight, option: Option) -> Tensor:
         """Return ``level * scale`` as float32 ``[out, in]``, the scale that of the level's side."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from aptq.api import AptqError, EntryGrid, Format, FormatSet, Grid, Option, QuantizedWeight
+from aptq.api import AptqError, EntryGrid, Format, FormatSet, Grid, Option, QuantizedWeight, RoundableFormat
 from aptq.formats.scales import FLOATS
 
 _LEAST = 1e-6
@@ -77,8 +77,21 @@ class Scaled:
     def _grid(self, weight: Tensor, option: Option, importance: Tensor | None, factors: Tensor) -> ScaledGrid:
         """Fit ``inner`` to ``w / r``; an error in it counts ``r^2`` times as much."""
         weighed = None if importance is None else importance * factors.square()
-        inner = self.inner.fit(weight / factors, option, weighed)
-        by_head, dtype = factors.expand(weight.shape[0], -1), FLOATS[self.scale_dtype]
+        return self._around(self.inner.fit(weight / factors, option, weighed), factors, weight.shape[0])
+
+    def grid(self, quantized: QuantizedWeight, option: Option) -> ScaledGrid:
+        """Return the grid that a stored weight lies on; see ``aptq.api.RoundableFormat``.
+
+        Raises:
+            AptqError: ``inner`` cannot give one.
+        """
+        if not isinstance(self.inner, RoundableFormat):
+            raise AptqError(f"format.inner={self.inner} does not give back the grid of a stored weight.")
+        inner, factors = _taken_apart(quantized)
+        return self._around(self.inner.grid(inner, option), factors.float(), 1)
+
+    def _around(self, inner: Grid, factors: Tensor, heads: int) -> ScaledGrid:
+        by_head, dtype = factors.expand(heads, -1), FLOATS[self.scale_dtype]
         if isinstance(inner, EntryGrid):
             return ScaledEntryGrid(inner, by_head, factors, dtype)
         return ScaledGrid(inner, by_head, factors, dtype)

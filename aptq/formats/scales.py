@@ -100,6 +100,12 @@ def read_scales(stored: Mapping[str, Tensor], scale_dtype: str, name: str = "sca
     return stored[name].float()
 
 
+def stored_unit(stored: Mapping[str, Tensor]) -> Tensor:
+    """Return what scales that ``pack_scales`` stored are counted in, float32 ``[]``."""
+    device = next(iter(stored.values())).device
+    return stored[_UNIT].reshape(()) if _UNIT in stored else torch.ones((), device=device)
+
+
 def scale_layout(groups: int, out_features: int, scale_dtype: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return shape and dtype of what ``pack_scales`` stores."""
     unit = {_UNIT: ((1,), torch.float32)} if scale_dtype == "e4m3" else {}

@@ -10,7 +10,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from aptq.api import EntryGrid, Format, Grid, Option, QuantizedWeight
+from aptq.api import EntryGrid, Format, Grid, Option, QuantizedWeight, RoundableFormat
 from aptq.testing.assertions import (
     Shape,
     accepted,
@@ -71,6 +71,8 @@ def _check_case(format: Format, option: Option, shape: Shape, heads: int) -> Non
         quantized = grid.finish(codes)
         _check_meaning(format, quantized, values, option, shape, case)
         _check_storage(format, quantized, option, shape, case)
+        if isinstance(format, RoundableFormat):
+            _check_stored_grid(format, quantized, option, shape, case)
         _check_order(format, grid, weight, option, case)
     error = (values - weight.transpose(1, 2)).square().sum()
     expect(
@@ -138,6 +140,20 @@ def _check_storage(format: Format, quantized: QuantizedWeight, option: Option, s
     expect_equal(fresh.dequantize(unpacked, option), expected, f"{case}: dequantize() after pack() and unpack()")
     expect_same_tensors(fresh.pack(unpacked, option), packed, f"{case}: pack() after unpack()")
     expect_same_tensors(loaded, packed, f"{case}: unpack() or dequantize() changed the packed tensors")
+
+
+def _check_stored_grid(
+    format: RoundableFormat, quantized: QuantizedWeight, option: Option, shape: Shape, case: str
+) -> None:
+    """See that the grid of a stored weight rounds it to itself, and binds other codes to the same parameters."""
+    weight = format.dequantize(quantized, option)
+    stored = format.unpack(format.pack(quantized, option), option, shape)
+    grid = format.grid(stored, option)
+    codes, values = grid.round(weight.T[None].contiguous(), slice(None))
+    expect_equal(values[0].T, weight, f"{case}: a stored weight rounded on its own grid()")
+    expect_same_tensors(grid.finish(codes).parameters, stored.parameters, f"{case}: parameters of grid().finish()")
+    codes, values = grid.round(values.roll(1, 1).contiguous(), slice(None))
+    expect_equal(format.dequantize(grid.finish(codes), option), values[0].T, f"{case}: other weights on grid()")
 
 
 def _check_layout(

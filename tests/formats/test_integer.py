@@ -12,7 +12,13 @@ from aptq.testing import check_format
 
 @pytest.mark.parametrize(
     "format",
-    [Integer(), Integer(symmetric=True, scale_dtype="bfloat16"), Integer(clip="asymmetric"), Integer(clip_steps=0)],
+    [
+        Integer(),
+        Integer(symmetric=True, scale_dtype="bfloat16"),
+        Integer(clip="asymmetric"),
+        Integer(clip="joint", clip_steps=2),
+        Integer(clip_steps=0),
+    ],
 )
 def test_keeps_the_contract(format: Integer) -> None:
     check_format(format, bits=(2, 3, 4, 8))
@@ -86,6 +92,13 @@ def test_ends_searched_by_themselves_come_near_to_the_best_pair(bits: int) -> No
     assert apart.sum() - best.sum() < 0.5 * (shared.sum() - best.sum())
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_ends_searched_jointly_are_the_best_pair(bits: int) -> None:
+    weight = torch.randn(200, 64).exp() - 1.5  # skewed
+    error = (weight - _values(Integer(clip="joint"), weight, Option(bits, -1))).square().sum(1)
+    assert torch.allclose(error, _best_of_all_pairs(weight, Option(bits, -1), 8), rtol=1e-4)
+
+
 def test_clip_search_never_fits_worse_than_the_full_range() -> None:
     weight = torch.randn(16, 256) ** 3  # heavy tails
     importance = torch.rand(1, 256)
@@ -116,7 +129,7 @@ def test_storage_counts_codes_scales_and_packed_zeros() -> None:
         ({"scale_dtype": "int8"}, "scale_dtype"),
         ({"group_size": 0}, "group_size=0"),
         ({"clip_steps": -1}, "clip_steps"),
-        ({"clip": "both"}, "use one of shared, asymmetric"),
+        ({"clip": "both"}, "use one of shared, asymmetric, joint"),
     ],
 )
 def test_options_are_checked(options: dict[str, object], message: str) -> None:

@@ -78,6 +78,13 @@ class Ternary:
             )
         return stored.to(part.dtype)
 
+    def grid(self, quantized: QuantizedWeight, option: Option) -> TernaryGrid:
+        """Return the grid that a stored weight lies on; see ``aptq.api.RoundableFormat``."""
+        _, in_features = quantized.codes.shape
+        order = torch.arange(in_features, device=quantized.codes.device)[None]
+        size = in_features if option.group_size == -1 else option.group_size
+        return TernaryGrid(quantized.parameters["scales"].float()[None], order, size, _SCALE_DTYPES[self.scale_dtype])
+
     def dequantize(self, quantized: QuantizedWeight, option: Option) -> Tensor:
         """Return ``(code - 1) * scale`` as float32 ``[out, in]``."""
         codes = quantized.codes.float() - 1.0
