@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from aptq.config_errors import explain_hydra_error, plain_section
 from aptq.errors import AptqError
-from aptq.registry import KINDS, TASK
+from aptq.registry import GROUPS, KINDS, TASK
 from aptq.typed import arguments
 
 __all__ = ["CONF", "compose", "explain_hydra_error", "plugin_folders", "prepare_hydra", "run_id", "to_settings"]
@@ -149,7 +149,7 @@ def to_settings(cls: type[Settings], section: Mapping[str, Any], where: str) -> 
 
 def config_files(kind: str) -> dict[str, Path]:
     """Return the YAML files of a config group by name, from this package and from plug-ins; primaries for tasks."""
-    if kind not in (*KINDS, TASK):
+    if kind not in GROUPS:
         raise AptqError(f"There is no kind of component {kind!r}; kinds are {', '.join(KINDS)}.")
     group = "" if kind == TASK else kind
     folders = [*reversed(plugin_folders().values()), CONF]

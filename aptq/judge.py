@@ -116,6 +116,26 @@ def _prompts(texts: Sequence[EvaluationText], number: int) -> list[torch.Tensor]
     return prompts
 
 
+def resources(model: Path, original_bytes: int, seconds: Mapping[str, float], device: torch.device) -> dict[str, Any]:
+    """Return what every run tells of its sizes, times, peak memory and versions, as ``metrics.json`` names them.
+
+    Args:
+        model: folder of the quantized model.
+        original_bytes: size of the original's tensors.
+        seconds: of each stage.
+        device: that was worked on.
+    """
+    return {
+        "bytes": {
+            "model": sum(path.stat().st_size for path in model.glob("*.safetensors")),
+            "original": original_bytes,
+        },
+        "seconds": dict(seconds),
+        **memory(device),
+        "versions": versions(),
+    }
+
+
 def memory(device: torch.device) -> dict[str, int | None]:
     """Return the peak memory of this process in bytes: resident, and on the device where there is one."""
     unit = 1 if sys.platform == "darwin" else 1024

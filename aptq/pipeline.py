@@ -35,7 +35,7 @@ from aptq.data import calibration_samples
 from aptq.decode_times import DecodeTimes
 from aptq.files import new_folder
 from aptq.judge import STAGE as EVALUATE
-from aptq.judge import Judge, memory, versions
+from aptq.judge import Judge, resources, versions
 from aptq.measurement import in_turn, measured
 from aptq.models import ModelSource, open_model
 from aptq.options import formats_by_name
@@ -270,13 +270,7 @@ def _finish(experiment: Experiment, source: ModelSource, run: Run, stages: Stage
         **judged,
         **({} if audit is None else {"audit": audit}),
         "bits": average_bits(experiment.format, source.layer_shapes(), plan.layers),
-        "bytes": {
-            "model": sum(path.stat().st_size for path in run.model_folder.glob("*.safetensors")),
-            "original": source.num_bytes,
-        },
-        "seconds": dict(stages.seconds),
-        **memory(experiment.fabric.device),
-        "versions": versions(),
+        **resources(run.model_folder, source.num_bytes, stages.seconds, experiment.fabric.device),
     }
     run.write_metrics(metrics)
     run.finish(keep_blocks=experiment.run.keep_blocks)

@@ -17,7 +17,7 @@ from aptq.config_errors import plain_section
 from aptq.errors import AptqError
 from aptq.typed import arguments, convert, keys_of, nearest
 
-__all__ = ["KINDS", "TASK", "Description", "available", "build", "describe", "load", "origin"]
+__all__ = ["GROUPS", "KINDS", "TASK", "Description", "available", "build", "describe", "load", "origin"]
 
 CONTRACTS: Mapping[str, type] = {
     "hessian": api.HessianEstimator,
@@ -38,6 +38,9 @@ TASK = "task"
 
 ``config`` is the composed config, and ``on_open(folder)`` begins the log in a run folder once that is ours.
 """
+
+GROUPS = (*KINDS, TASK)
+"""All that entry points can add."""
 
 Status = Literal["installed", "ok", "error"]
 
@@ -152,8 +155,7 @@ def describe(*, check: bool = False) -> list[Description]:
     Args:
         check: import each and see that it has what its kind needs; failures are in ``problem``, never raised.
     """
-    kinds = (*KINDS, TASK)
-    return [_describe(kind, point, check) for kind in kinds for point in sorted(_points(kind), key=lambda p: p.name)]
+    return [_describe(kind, point, check) for kind in GROUPS for point in sorted(_points(kind), key=lambda p: p.name)]
 
 
 def _describe(kind: str, point: EntryPoint, check: bool) -> Description:
@@ -175,7 +177,7 @@ def _describe(kind: str, point: EntryPoint, check: bool) -> Description:
 
 
 def _points(kind: str) -> list[EntryPoint]:
-    if kind not in (*KINDS, TASK):
+    if kind not in GROUPS:
         raise AptqError(f"There is no kind of component {kind!r}.{nearest(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
     return list(entry_points(group=f"aptq.{kind}s"))
 

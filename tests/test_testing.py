@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from aptq.api import Allocation, Block, Curvature, LayerSpec, LayerStatistics, Option, QuantizedWeight, Rounded
+from aptq.api import Allocation, Block, Curvature, LayerStatistics, Option, QuantizedWeight, Rounded
 from aptq.config import compose
 from aptq.formats.integer import Integer, IntegerGrid
 from aptq.hessians.input import Input
@@ -27,6 +27,7 @@ from aptq.testing import (
     check_metric,
     check_quantizer,
 )
+from tests.backends.specs import spec_of
 
 BUDGETS = {"uniform": 4.0, "ratio": 3.5}
 
@@ -48,16 +49,7 @@ def test_built_in_quantizers_pass(name: str) -> None:
 @pytest.mark.parametrize("name", _built_ins("backend"))
 def test_built_in_backends_pass(name: str) -> None:
     backend, device = build("backend", {"name": name}), "cpu"
-    spec = LayerSpec(
-        out_features=8,
-        in_features=32,
-        format=Integer(),
-        format_name="integer",
-        option=Option(4, 32),
-        dtype=torch.float32,
-        device=torch.device(device),
-    )
-    if "CUDA device" in (backend.refuses(spec) or ""):
+    if "CUDA device" in (backend.refuses(spec_of(Integer(), Option(4, 32))) or ""):
         if not torch.cuda.is_available():
             pytest.skip("gpu: no CUDA device here")
         device = "cuda"

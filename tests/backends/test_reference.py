@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from aptq.activations.block_scaled import BlockScaled
-from aptq.api import ActivationBackend, Backend, Curvature, LayerSpec, Option
+from aptq.api import ActivationBackend, Backend, Curvature, Option
 from aptq.backends.reference import Reference
 from aptq.formats.integer import Integer
 from aptq.quantizers.nearest import Nearest
+from tests.backends.specs import spec_of
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -21,15 +22,7 @@ def test_matmul_multiplies_by_the_dequantized_weight(dtype: torch.dtype, symmetr
     nearest = Nearest()
     factors = nearest.prepare(Curvature(column=torch.eye(70)[None], tokens=1))
     quantized = nearest.quantize(weight, factors, format, option).weight
-    spec = LayerSpec(
-        out_features=40,
-        in_features=70,
-        format=format,
-        format_name="integer",
-        option=option,
-        dtype=dtype,
-        device=torch.device("cpu"),
-    )
+    spec = spec_of(format, option, (40, 70), dtype)
     backend = Reference()
     assert isinstance(backend, Backend)
     assert backend.priority == 0

@@ -4,23 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pytest
-import torch
 from torch import Tensor
 
 from aptq.api import AptqError, LayerSpec, Option
 from aptq.backends.reference import Reference
 from aptq.backends.select import choose_backend, installed_backends
 from aptq.formats.integer import Integer
+from tests.backends.specs import spec_of
 
-SPEC = LayerSpec(
-    out_features=8,
-    in_features=32,
-    format=Integer(),
-    format_name="integer",
-    option=Option(4, 32),
-    dtype=torch.float32,
-    device=torch.device("cpu"),
-)
+SPEC = spec_of(Integer(), Option(4, 32), (8, 32))
 
 
 @dataclass(frozen=True)

@@ -12,39 +12,15 @@ from aptq.api import AptqError, Backend, Format, LayerSpec, Option
 from aptq.backends.cpu import Cpu
 from aptq.backends.select import choose_backend
 from aptq.backends.triton import Triton
-from aptq.formats.asymmetric_float import AsymmetricFloat
 from aptq.formats.block_clustered import BlockClustered
 from aptq.formats.float import Float
 from aptq.formats.integer import Integer
 from aptq.layer import PackedLinear
 from aptq.testing import check_backend
+from tests.backends.specs import FORMATS, spec_of
 
 TRITON = Triton()
-FORMATS = {
-    "integer": Integer(),
-    "symmetric": Integer(symmetric=True, scale_dtype="bfloat16"),
-    "float32 scales": Integer(scale_dtype="float32"),
-    "normal": Float(),
-    "fp": Float(code="fp"),
-    "two-sided": AsymmetricFloat(),
-}
-
-
-def spec_of(
-    format: Format, option: Option, shape: tuple[int, int] = (70, 200), dtype: torch.dtype = torch.float16
-) -> LayerSpec:
-    return LayerSpec(
-        out_features=shape[0],
-        in_features=shape[1],
-        format=format,
-        format_name="anything",
-        option=option,
-        dtype=dtype,
-        device=torch.device("cpu"),
-    )
-
-
-SPEC = spec_of(Integer(), Option(4, 64))
+SPEC = spec_of(Integer(), Option(4, 64), dtype=torch.float16)
 ON_CUDA = replace(SPEC, device=torch.device("cuda"))
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from aptq.api import AptqError
-from aptq.kernels.triton import ops, read_table
+from aptq.kernels.operators import OPERATORS
+from aptq.kernels.triton import read_table
 from aptq.kernels.triton.configs import DENSE, DOTS, FOUR_ROWS, ONE_ROW, SHIPPED, Case, Config, choose, write_table
 
 HALF, FULL = torch.bfloat16, torch.float32
@@ -79,7 +80,7 @@ def test_the_operator_has_a_fake() -> None:
         y = torch.ops.aptq.triton_matmul(torch.empty(3, 5, 64, dtype=HALF), *weight, None, None, None, 32, "")
     assert y.shape == (3, 5, 40)
     assert y.dtype == HALF
-    assert ops.OPERATORS.ns == "aptq"
+    assert OPERATORS.ns == "aptq"
 
 
 def compiled(jobs: list[tuple[Config, int, str, int]]) -> list[dict[str, float]]:

@@ -10,19 +10,13 @@ import torch
 from torch import Tensor
 
 from aptq.kernels.cpu.library import TILE, Library, Packed, load_kernels
+from aptq.kernels.operators import define_product
 
 _DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 """Bytes of the fixed-point numbers that activations become: enough that rounding to the dtype is what one sees."""
 
 _ROOM = 1 << 20
 """Weights that are unpacked at once for a dense product."""
-
-OPERATORS = torch.library.Library("aptq", "FRAGMENT")
-OPERATORS.define(
-    "cpu_matmul(Tensor x, Tensor qweight, Tensor scales, Tensor? below, Tensor? qzeros, Tensor? levels, int group, "
-    "bool int8, str architecture, str folder) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def cpu_matmul(
@@ -88,10 +82,9 @@ def _by_strips(kernels: Library, packed: Packed, x: Tensor) -> Tensor:
     return y
 
 
-def _fake(x: Tensor, qweight: Tensor, scales: Tensor, *rest: object) -> Tensor:
-    del qweight, rest
-    return x.new_empty(*x.shape[:-1], scales.shape[1])
-
-
-OPERATORS.impl("cpu_matmul", cpu_matmul, "CPU")
-torch.library.register_fake("aptq::cpu_matmul", _fake, lib=OPERATORS)
+define_product(
+    "cpu_matmul",
+    "Tensor? below, Tensor? qzeros, Tensor? levels, int group, bool int8, str architecture, str folder",
+    cpu_matmul,
+    "CPU",
+)

@@ -22,7 +22,8 @@ import triton.language as tl
 def field_word(words, stride, keep, WORD: tl.constexpr, BITS: tl.constexpr, PRIMARY: tl.constexpr):
     """Return word number ``WORD`` of a unit, int32 like ``words``: ``BITS`` of them, or ``2 PRIMARY`` merged ones.
 
-    Field ``i`` of it is code ``first_code(WORD) + i * step``; see ``first_code``.
+    Field ``i`` of it is code ``WORD // step * (32 // PRIMARY) + WORD % step + step * i`` of the unit, with a step of 2
+    for merged words and of 1 for others.
 
     Args:
         words: pointers to the first word of each unit and output.
@@ -104,6 +105,26 @@ def four_levels(
 
 
 @triton.jit
+def four_values(
+    word,
+    table,
+    magic,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    ZERO: tl.constexpr,
+    UNITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Return what the codes in fields ``FIRST`` to ``FIRST + 3`` stand for: ``four_levels`` or ``four_numbers``."""
+    if LEVELS:
+        return four_levels(word, table, FIRST, WIDTH, BITS, UNITS, COLUMNS)
+    else:
+        return four_numbers(word, magic, FIRST, WIDTH, BITS, ZERO)
+
+
+@triton.jit
 def unit_values(
     words,
     stride,
@@ -181,10 +202,7 @@ def _fields(
 ):
     """Join the values of fields ``FIRST`` to ``FIRST + COUNT - 1``, at least four, along new axes of two."""
     if COUNT == 4:
-        if LEVELS:
-            values = four_levels(word, table, FIRST, WIDTH, BITS, UNITS, COLUMNS)
-        else:
-            values = four_numbers(word, magic, FIRST, WIDTH, BITS, ZERO)
+        values = four_values(word, table, magic, FIRST, WIDTH, BITS, LEVELS, ZERO, UNITS, COLUMNS)
         return tl.join(tl.join(values[0], values[2]), tl.join(values[1], values[3]))
     else:
         HALF: tl.constexpr = COUNT // 2

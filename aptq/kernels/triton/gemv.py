@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from aptq.kernels.triton.codes import field_word, four_levels, four_numbers
+from aptq.kernels.triton.codes import field_word, four_values
 
 
 @triton.jit
@@ -77,6 +77,7 @@ def gemv(
     STEP: tl.constexpr = 2 if MERGED else 1
     SPREAD: tl.constexpr = GROUP % 32 != 0
     ZERO: tl.constexpr = 0 if ZEROS or LEVELS else 1 << (BITS - 1)
+    table = levels
     if LEVELS:
         table = tl.load(levels + tl.arange(0, 1 << BITS))
     total = tl.zeros((ROWS, UNITS, COLUMNS), tl.float32)
@@ -91,10 +92,7 @@ def gemv(
         for w in tl.static_range(WIDTH):
             word = field_word(words + unit * (BITS * N) + n, N, keep, w, BITS, PRIMARY)
             for quad in tl.static_range(8 // WIDTH):
-                if LEVELS:
-                    values = four_levels(word, table, 4 * quad, WIDTH, BITS, UNITS, COLUMNS)
-                else:
-                    values = four_numbers(word, magic, 4 * quad, WIDTH, BITS, ZERO)
+                values = four_values(word, table, magic, 4 * quad, WIDTH, BITS, LEVELS, ZERO, UNITS, COLUMNS)
                 for i in tl.static_range(4):
                     k = unit * 32 + (w // STEP * (32 // PRIMARY) + w % STEP + STEP * (4 * quad + i))
                     value = values[i]

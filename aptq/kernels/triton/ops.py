@@ -11,15 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from aptq.kernels.operators import define_product
 from aptq.kernels.triton.configs import UNIT, Case, choose
 from aptq.kernels.triton.weight import PackedWeight
-
-OPERATORS = torch.library.Library("aptq", "FRAGMENT")
-OPERATORS.define(
-    "triton_matmul(Tensor x, Tensor qweight, Tensor scales, Tensor? below, Tensor? zeros, Tensor? levels, int group, "
-    "str table) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def triton_matmul(
@@ -71,10 +65,9 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _fake(x: Tensor, qweight: Tensor, scales: Tensor, *rest: object) -> Tensor:
-    del qweight, rest
-    return x.new_empty(*x.shape[:-1], scales.shape[1])
-
-
-OPERATORS.impl("triton_matmul", triton_matmul, "CUDA")
-torch.library.register_fake("aptq::triton_matmul", _fake, lib=OPERATORS)
+define_product(
+    "triton_matmul",
+    "Tensor? below, Tensor? zeros, Tensor? levels, int group, str table",
+    triton_matmul,
+    "CUDA",
+)

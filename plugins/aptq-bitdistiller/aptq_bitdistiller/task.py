@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +23,10 @@ from aptq.files import new_folder, write_bytes, write_text
 from aptq.finished import job_of
 from aptq.hf import load
 from aptq.judge import STAGE as EVALUATE
-from aptq.judge import Judge, memory, versions
+from aptq.judge import Judge, resources
 from aptq.layer import PackedLinear
 from aptq.models import ModelSource, open_model
+from aptq.pipeline import Stages
 from aptq.plan import Plan
 from aptq.planning import average_bits
 from aptq.report import write_report
@@ -96,10 +95,10 @@ def distil(config: DictConfig | list[str], on_open: Callable[[Path], None] | Non
             shutil.rmtree(checkpoints, ignore_errors=True)
         job.callbacks.on_run_start(folder=new.folder, config=job.record)
         new.save_plan(job.plan)
-        seconds: dict[str, float] = {}
+        stages = Stages(job.callbacks)
         if not new.model_folder.is_dir():
-            _train(job, new, seconds)
-        metrics = _judge(job, new, seconds)
+            _train(job, new, stages)
+        metrics = _judge(job, new, stages)
         new.write_metrics(metrics)
         new.finish()
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -156,10 +155,10 @@ def _evaluates(origin: Run) -> bool:
     return bool(origin.config.get("evaluator"))
 
 
-def _train(job: _Job, new: Run, seconds: dict[str, float]) -> None:
+def _train(job: _Job, new: Run, stages: Stages) -> None:
     """Write or read the text, train, and write the model, its loss curve beside it."""
     model = job.source.load_full().to(job.device)  # type: ignore[arg-type]  # transformers hides the signature
-    with _stage(job, "generate", job.text.samples, "sample", seconds):
+    with stages("generate", job.text.samples, "sample"):
         text = _text(job, model)
     gamma = job.training.share_of_reverse()
     if job.training.loss == "cakld" and gamma is None:
@@ -168,7 +167,7 @@ def _train(job: _Job, new: Run, seconds: dict[str, float]) -> None:
     activation = job.quantized.activation_config
     students = enroll(model, job.quantized, registry.build("activation", activation) if activation else None)
     module = Distillation(model, students, text, job.training, gamma or 0.0, job.config["seed"])
-    with _stage(job, STAGE, job.training.steps, "step", seconds):
+    with stages(STAGE, job.training.steps, "step"):
         train(module, new.folder / _CHECKPOINTS, job.config["fabric"], job.callbacks)
     write_text(new.folder / "losses.csv", table(module.history), "the losses")
     title = f"Distillation: {job.training.loss}" + (f", gamma {gamma:.3f}" if gamma is not None else "")
@@ -207,36 +206,23 @@ def _write(job: _Job, new: Run, students: Mapping[str, StudentLinear], told: Map
                 raise AptqError(f"{name} in the written model is not what was trained: a fault of format or exporter.")
 
 
-def _judge(job: _Job, new: Run, seconds: dict[str, float]) -> dict[str, Any]:
+def _judge(job: _Job, new: Run, stages: Stages) -> dict[str, Any]:
     """Return the metrics of the new run; ``perplexity_before`` is that of the run that it began as."""
     before = job.origin.metrics()
     judged: dict[str, Any] = {"perplexity": {}, "baseline_perplexity": before["baseline_perplexity"]}
     if _evaluates(job.origin):
         evaluator = registry.build("evaluator", job.origin.config["evaluator"])
-        with _stage(job, EVALUATE, 1, "model", seconds):
+        with stages(EVALUATE, 1, "model"):
             judge = Judge(evaluator, job.callbacks, job.data, job.source.tokenizer)
             backend = {"name": "auto"} if job.config["backend"] == "auto" else job.config["backend"]
             found = judge(new.model_folder, None, backend=backend, device=job.device, num_samples=0)
         judged |= {name: found[name] for name in found if name not in ("baseline_perplexity", "samples")}
         judged["perplexity_before"] = before["perplexity"]
-    files = new.model_folder.glob("*.safetensors")
     return {
         **judged,
         "bits": average_bits(job.quantized.format, job.quantized.shapes, job.quantized.plan),
-        "bytes": {"model": sum(path.stat().st_size for path in files), "original": before["bytes"]["original"]},
-        "seconds": seconds,
-        **memory(job.device),
-        "versions": versions(),
+        **resources(new.model_folder, before["bytes"]["original"], stages.seconds, job.device),
     }
-
-
-@contextmanager
-def _stage(job: _Job, name: str, total: int, unit: str, seconds: dict[str, float]) -> Iterator[None]:
-    job.callbacks.on_stage_start(stage=name, total=total, unit=unit)
-    started = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - started
-    job.callbacks.on_stage_end(stage=name, seconds=seconds[name])
 
 
 def print_summary(run: Run) -> None:

@@ -1,0 +1,30 @@
+"""What our operators of torch have in common: all are products with a packed weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+OPERATORS = torch.library.Library("aptq", "FRAGMENT")
+
+
+def define_product(name: str, arguments: str, product: Callable[..., Tensor], device: str) -> None:
+    """Define ``torch.ops.aptq.<name>``, which compiled and captured graphs can hold.
+
+    Args:
+        name: of the operator.
+        arguments: behind ``x [..., in]``, ``qweight`` and ``scales [groups, out]``, as in a schema of torch.
+        product: what it does: returns ``[..., out]`` in the dtype of ``x``.
+        device: of the tensors that it takes, a dispatch key of torch ("CPU", "CUDA").
+    """
+    schema = f"{name}(Tensor x, Tensor qweight, Tensor scales, {arguments}) -> Tensor"
+    OPERATORS.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    OPERATORS.impl(name, product, device)
+    torch.library.register_fake(f"aptq::{name}", _fake, lib=OPERATORS)
+
+
+def _fake(x: Tensor, qweight: Tensor, scales: Tensor, *rest: object) -> Tensor:
+    del qweight, rest
+    return x.new_empty(*x.shape[:-1], scales.shape[1])
