@@ -47,13 +47,13 @@ class Progress(Callback):
         self._logged = 0.0
 
     def on_run_start(self, *, folder: Path, config: Mapping[str, Any]) -> None:
-        """Forget what an earlier run left."""
+        """Take away what an earlier run left."""
         self.close()
-        self._errors = _Errors()
 
     def on_stage_start(self, *, stage: str, total: int, unit: str) -> None:
-        """Begin a bar."""
+        """Begin a bar, with no errors yet: those of an earlier stage say nothing about this one."""
         self.close()
+        self._errors = _Errors()
         self._stage = _Stage(stage, total, unit)
         self._logged = time.monotonic()
         if self.console.is_interactive:

@@ -112,6 +112,18 @@ def test_errors_that_are_not_finite_are_left_out_of_the_mean(clock: Clock, caplo
     assert "mean relative error 0.2000" in caplog.text
 
 
+def test_errors_are_shown_in_their_own_stage_only(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    progress = quiet(interval=0.0)
+    progress.on_stage_start(stage="quantize", total=1, unit="block")
+    progress.on_layer_end(stage="quantize", report=report(0.1))
+    progress.on_stage_end(stage="quantize", seconds=1.0)
+    progress.on_stage_start(stage="evaluate", total=2, unit="model")
+    with caplog.at_level(logging.INFO):
+        progress.on_advance(stage="evaluate", done=1, detail="c4")
+    assert "evaluate: model 2/2" in caplog.messages[-1]
+    assert "error" not in caplog.messages[-1]
+
+
 def test_a_terminal_shows_stage_block_layer_times_and_error() -> None:
     progress, screen = live()
     with Callbacks([progress]) as callbacks:
