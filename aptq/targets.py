@@ -66,12 +66,14 @@ class Target:
 
 
 _ALL = (2, 3, 4, 5, 6, 7, 8)
+_GPTQ = (32, 64, 128, 256, 512, 1024)
 # The packed layout stores 32 weights of a row as one unit; one that spans two groups would need two scales. Groups of
 # 16, NVFP4's, are for backends that dequantize first.
 # vLLM (0.25 and later) and SGLang: read in their sources and documents, see docs/export.md; not run here.
 _TARGETS = (
     Target(name="native", bits=(1, *_ALL), group_multiple=16, exporter="native"),
     Target(name="transformers", bits=_ALL, group_multiple=32, divisible=True),
+    Target(name="gptq", bits=(2, 3, 4, 8), group_sizes=_GPTQ, divisible=True, exporter="gptq"),
     Target(name="vllm", bits=_ALL, group_multiple=32, group_sizes=(32, 64, 128), divisible=True, fused=True),
     Target(name="vllm_cpu", bits=(4,), group_multiple=32, group_sizes=(32, 64, 128), divisible=True, fused=True),
     Target(name="sglang", bits=(4, 8), group_multiple=32, group_sizes=(32, 64, 128), divisible=True, fused=True),
