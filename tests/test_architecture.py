@@ -24,12 +24,13 @@ HELPERS = {"aptq.api", "aptq.errors", "aptq.meaning", "aptq.names", "aptq.packin
 ALSO = {
     # Native code has no component's name, and its package stands by itself.
     "aptq.backends": {"aptq.kernels.cpu", "aptq.kernels.triton"},
-    # Writing model folders is the exporters' work, and aptq.hf says what transformers reads of the native one.
     # Which module is the attention, and which layers are in it, is read from the model in one place.
     "aptq.hessians": {"aptq.models.structure"},
     # Inputs are rounded by the functions on tensors that weights are rounded by.
     "aptq.activations": {"aptq.formats.block_clusters", "aptq.formats.levels", "aptq.formats.scales"},
-    "aptq.exporters": {"aptq.files", "aptq.hf", "aptq.shards", "aptq.targets"},
+    # Writing model folders is the exporters' work; aptq.hf says what transformers reads of the native one, and
+    # aptq.fusion which layers readers stack.
+    "aptq.exporters": {"aptq.files", "aptq.fusion", "aptq.hf", "aptq.shards", "aptq.targets"},
 }
 CHOOSERS = {"aptq.backends.select"}
 """Modules that stand beside components and choose among them: engine, not component."""
