@@ -6,7 +6,6 @@ imported at the top; the last line registers the two classes with it.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,105 +15,17 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from aptq import registry
 from aptq.api import ActivationQuantizer, AptqError, Format, Option, format_of
 from aptq.backends.select import installed_backends
+from aptq.hf_config import METHOD, AptqConfig
 from aptq.layer import PackedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_METHOD = "aptq"
-_VERSION = 1  # of the checkpoint; raised when an older aptq could not read it
 _log = logging.getLogger(__name__)
-
-
-class AptqConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a native checkpoint.
-
-    Args:
-        format: name and options of the format, as in the config group ``format``.
-        layers: ``{layer: {"bits": int, "group_size": int}}`` for every packed layer, by its name in the model; and
-            "format" where ``format`` is several (``aptq.api.FormatSet``).
-        version: of the checkpoint's layout.
-        provenance: how the checkpoint was made; free-form, JSON.
-        activation: name and options of what quantizes the packed layers' inputs; none by default.
-        backend: what multiplies the packed layers, a name or a mapping with name and options; never stored.
-
-    Raises:
-        AptqError: when the entry is malformed or was written by a newer release.
-    """
-
-    quant_method: str  # type: ignore[assignment]  # transformers takes plain strings for registered methods
-
-    def __init__(
-        self,
-        format: Mapping[str, Any],
-        layers: Mapping[str, Mapping[str, Any]],
-        *,
-        version: int = _VERSION,
-        provenance: Mapping[str, Any] | None = None,
-        activation: Mapping[str, Any] | None = None,
-        backend: str | Mapping[str, Any] = "auto",
-        quant_method: str = _METHOD,
-        **unknown: Any,
-    ) -> None:
-        if quant_method != _METHOD:
-            raise AptqError(f"quant_method is {quant_method!r}, not {_METHOD!r}: this is no checkpoint of aptq.")
-        if not isinstance(version, int) or not 1 <= version <= _VERSION:
-            raise AptqError(
-                f"The checkpoint has version {version!r}; this aptq reads versions 1 to {_VERSION}. Upgrade aptq."
-            )
-        if unknown:
-            raise AptqError(f"quantization_config has keys that aptq does not know: {', '.join(sorted(unknown))}.")
-        for key, section in {"format": format, **({} if activation is None else {"activation": activation})}.items():
-            if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
-                raise AptqError(f"quantization_config.{key} must be a mapping with a name; got {section!r}.")
-        self.quant_method = quant_method
-        self.version = version
-        self.format = dict(format)
-        self.layers = {name: dict(option) for name, option in layers.items()}
-        self.provenance = dict(provenance or {})
-        self.activation = None if activation is None else dict(activation)
-        self.backend = backend
-        self.options()
-
-    def options(self) -> dict[str, Option]:
-        """Return the option of every packed layer."""
-        options = {}
-        for name, entry in self.layers.items():
-            full = {"format": self.format["name"], **entry}
-            if {key: type(value) for key, value in full.items()} != {"bits": int, "group_size": int, "format": str}:
-                raise AptqError(
-                    f"quantization_config.layers[{name!r}] must be {{'bits': int, 'group_size': int}}, with 'format' "
-                    f"where there are several; got {entry!r}."
-                )
-            options[name] = Option(**full)
-        return options
-
-    @classmethod
-    def from_plan(
-        cls,
-        plan: Mapping[str, Option],
-        format_config: Mapping[str, Any],
-        provenance: Mapping[str, Any],
-        activation_config: Mapping[str, Any] | None = None,
-    ) -> AptqConfig:
-        """Make the entry for a finished quantization."""
-        only = ("", format_config["name"])
-        layers = {
-            name: {"bits": option.bits, "group_size": option.group_size}
-            | ({} if option.format in only else {"format": option.format})
-            for name, option in plan.items()
-        }
-        return cls(format_config, layers, provenance=provenance, activation=activation_config)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what ``config.json`` stores."""
-        left_out = {"backend", *(() if self.activation else ("activation",))}
-        return copy.deepcopy({name: value for name, value in vars(self).items() if name not in left_out})
 
 
 class AptqHfQuantizer(HfQuantizer):
@@ -199,7 +110,7 @@ def load(
         raise AptqError(f"No model could be read at {path}: {error}") from error
     stored = getattr(config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, Mapping) else None
-    if not isinstance(stored, Mapping) or method != _METHOD:
+    if not isinstance(stored, Mapping) or method != METHOD:
         raise AptqError(
             f"{path} is no checkpoint of aptq (quant_method is {method!r}). aptq.load opens what the native exporter "
             "wrote; use transformers' from_pretrained for other models."
@@ -303,9 +214,9 @@ def _check_files(files: Sequence[str], expected: set[str], prefix: str) -> None:
 def _register() -> None:
     from transformers.quantizers import auto
 
-    if _METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        auto.register_quantization_config(_METHOD)(AptqConfig)
-        auto.register_quantizer(_METHOD)(AptqHfQuantizer)
+    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(METHOD)(AptqConfig)
+        auto.register_quantizer(METHOD)(AptqHfQuantizer)
 
 
 _register()

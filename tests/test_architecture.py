@@ -28,9 +28,9 @@ ALSO = {
     "aptq.hessians": {"aptq.models.structure"},
     # Inputs are rounded by the functions on tensors that weights are rounded by.
     "aptq.activations": {"aptq.formats.block_clusters", "aptq.formats.levels", "aptq.formats.scales"},
-    # Writing model folders is the exporters' work; aptq.hf says what transformers reads of the native one, and
+    # Writing model folders is the exporters' work; aptq.hf_config says what transformers reads of the native one, and
     # aptq.fusion which layers readers stack.
-    "aptq.exporters": {"aptq.files", "aptq.fusion", "aptq.hf", "aptq.shards", "aptq.targets"},
+    "aptq.exporters": {"aptq.files", "aptq.fusion", "aptq.hf_config", "aptq.shards", "aptq.targets"},
 }
 CHOOSERS = {"aptq.backends.select"}
 """Modules that stand beside components and choose among them: engine, not component."""
@@ -138,7 +138,7 @@ def test_no_component_is_compared_by_name() -> None:
     groups = {f"aptq.{plural}" for plural in ("allocators", "formats", "quantizers", "hessians", "exporters")}
     names = {point.name for point in ENTRY_POINTS if point.group in groups}
     for module, path in MODULES.items():
-        if module in ("aptq.targets", "aptq.hf"):  # speak of what other programs call their formats
+        if module in ("aptq.targets", "aptq.hf_config"):  # speak of what other programs call their formats
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Compare):

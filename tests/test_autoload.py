@@ -11,6 +11,7 @@ from transformers.quantizers import auto
 
 import aptq
 import aptq.hf
+import aptq.hf_config
 from aptq import _autoload
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +54,7 @@ def test_registering_again_changes_nothing() -> None:
     _autoload.install()
     _autoload.install()
     assert auto.AUTO_QUANTIZER_MAPPING["aptq"] is aptq.hf.AptqHfQuantizer
-    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["aptq"] is aptq.hf.AptqConfig
+    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["aptq"] is aptq.hf_config.AptqConfig
     assert sys.meta_path == finders
 
 

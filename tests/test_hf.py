@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel, LlamaP
 from transformers.pytorch_utils import Conv1D
 
 import aptq.hf
+import aptq.hf_config
 from aptq.activations.block_scaled import BlockScaled
 from aptq.api import AptqError, Curvature, ExportJob, Option
 from aptq.exporters.native import Native
@@ -335,6 +336,6 @@ def test_load_answers_an_unknown_backend_with_what_is_installed(exported: Callab
 
 
 def test_a_dense_model_cannot_be_quantized_on_the_fly(tiny_model_folder: Callable[..., Path]) -> None:
-    config = aptq.hf.AptqConfig({"name": "integer"}, {})
+    config = aptq.hf_config.AptqConfig({"name": "integer"}, {})
     with pytest.raises(ValueError, match="pre-quantized"):
         AutoModelForCausalLM.from_pretrained(tiny_model_folder(), quantization_config=config)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aptq.api import AptqError, ExportJob, Format, Option
 from aptq.exporters.folder import FolderExporter, write_folder
-from aptq.hf import AptqConfig
+from aptq.hf_config import AptqConfig
 from aptq.shards import DTYPES, TensorInfo
 
 
