@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning.fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
@@ -112,8 +114,16 @@ def launch(config: Mapping[str, Any]) -> Fabric:
         fabric.launch()
     except (ValueError, RuntimeError, TypeError) as error:
         raise AptqError(f"fabric={config['fabric']} cannot be had here: {error}") from error
+    if fabric.world_size > 1:
+        atexit.register(_leave_process_group)
     fabric.seed_everything(config["seed"], verbose=False)
     return fabric
+
+
+def _leave_process_group() -> None:
+    """End what Lightning ends for NCCL alone: gloo's threads abort a process that ends before they do."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def build_callbacks(config: Mapping[str, Any], fabric: Fabric, loggers: Sequence[Any] = ()) -> Callbacks:
