@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from aptq.api import AptqError, EntryGrid, Format, FormatSet, Grid, Option, QuantizedWeight, RoundableFormat
+from aptq.api import AptqError, EntryGrid, Format, FormatSet, Grid, Option, QuantizedWeight, RefitGrid, RoundableFormat
 from aptq.formats.scales import FLOATS
 
 _LEAST = 1e-6
@@ -77,7 +77,8 @@ class Scaled:
     def _grid(self, weight: Tensor, option: Option, importance: Tensor | None, factors: Tensor) -> ScaledGrid:
         """Fit ``inner`` to ``w / r``; an error in it counts ``r^2`` times as much."""
         weighed = None if importance is None else importance * factors.square()
-        return self._around(self.inner.fit(weight / factors, option, weighed), factors, weight.shape[0])
+        inner = self.inner.fit(weight / factors, option, weighed)
+        return _around(inner, factors.expand(weight.shape[0], -1), factors, FLOATS[self.scale_dtype])
 
     def grid(self, quantized: QuantizedWeight, option: Option) -> ScaledGrid:
         """Return the grid that a stored weight lies on; see ``aptq.api.RoundableFormat``.
@@ -88,13 +89,8 @@ class Scaled:
         if not isinstance(self.inner, RoundableFormat):
             raise AptqError(f"format.inner={self.inner} does not give back the grid of a stored weight.")
         inner, factors = _taken_apart(quantized)
-        return self._around(self.inner.grid(inner, option), factors.float(), 1)
-
-    def _around(self, inner: Grid, factors: Tensor, heads: int) -> ScaledGrid:
-        by_head, dtype = factors.expand(heads, -1), FLOATS[self.scale_dtype]
-        if isinstance(inner, EntryGrid):
-            return ScaledEntryGrid(inner, by_head, factors, dtype)
-        return ScaledGrid(inner, by_head, factors, dtype)
+        grid, natural = self.inner.grid(inner, option), factors.float()
+        return _around(grid, natural[None], natural, FLOATS[self.scale_dtype])
 
     def dequantize(self, quantized: QuantizedWeight, option: Option) -> Tensor:
         """Return ``v_ij r_j`` in float32 ``[out, in]``."""
@@ -158,6 +154,27 @@ class ScaledEntryGrid(ScaledGrid):
         factors = self.factors.gather(1, positions)
         codes, rounded = self.inner.round_entries(values / factors, rows, positions)
         return codes, rounded * factors
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledRefitGrid(ScaledGrid):
+    """The same, for an ``inner`` that learns from what error feedback made of the columns."""
+
+    inner: RefitGrid
+
+    def refit(self, columns: Tensor) -> ScaledGrid | None:
+        """Fit ``inner`` anew under the same factors; see ``aptq.api.RefitGrid``."""
+        refitted = self.inner.refit(columns / self.factors.unsqueeze(-1))
+        return None if refitted is None else _around(refitted, self.factors, self.natural, self.dtype)
+
+
+def _around(inner: Grid, factors: Tensor, natural: Tensor, dtype: torch.dtype) -> ScaledGrid:
+    """Return a grid around ``inner`` that can do what that can."""
+    if isinstance(inner, EntryGrid):
+        return ScaledEntryGrid(inner, factors, natural, dtype)
+    if isinstance(inner, RefitGrid):
+        return ScaledRefitGrid(inner, factors, natural, dtype)
+    return ScaledGrid(inner, factors, natural, dtype)
 
 
 def _with(inner: QuantizedWeight, factors: Tensor) -> QuantizedWeight:

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from aptq.api import AptqError, Option
+from aptq.api import AptqError, Grid, Option, RefitGrid
 from aptq.formats.asymmetric_float import AsymmetricFloat
 from aptq.formats.integer import Integer
 from aptq.formats.mixed import Mixed
 from aptq.formats.scaled import Scaled, weighted_error
+from aptq.formats.vector import Vector
 from aptq.quantizers.gptq import GPTQ
 from aptq.quantizers.nearest import Nearest
 from aptq.quantizers.two_sided import TwoSided
@@ -95,3 +96,20 @@ def test_it_comes_from_its_section_and_mistakes_are_told() -> None:
         Scaled(inner=Integer(), scale_dtype="int8")
     with pytest.raises(AptqError, match="several formats"):
         Scaled(inner=Mixed(formats={"integer": Integer()}))
+
+
+def test_codebooks_learn_from_error_feedback_under_the_factors() -> None:
+    weight, importance = _problem()
+    option = Option(2, -1)
+    scaled = Scaled(inner=Vector(refits=1), steps=1)
+    grid = scaled.fit(weight, option, importance)
+    assert isinstance(grid, RefitGrid)
+    columns = (weight + 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(4))).transpose(1, 2)
+    refitted = grid.refit(columns)
+    assert isinstance(refitted, RefitGrid)
+
+    def error(grid: Grid) -> float:
+        return float(((grid.round(columns, slice(None))[1] - columns).square().sum(-1) * importance).sum())
+
+    assert error(refitted) < error(grid)
+    assert refitted.refit(columns) is None, "as often as the format says"
