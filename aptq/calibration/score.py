@@ -16,6 +16,9 @@ from aptq.calibration.roundings import Roundings
 from aptq.calibration.statistics import StatisticsCache
 from aptq.calibration.walk import Walk
 
+_TOKENS = 2048
+"""Of a layer that are scored together: for all of them its weight is unpacked at every option only once."""
+
 
 def score(
     walk: Walk,
@@ -62,6 +65,7 @@ class _Scores:
     _block: Block | None = None
     _packed: Mapping[str, Mapping[Option, Mapping[str, Tensor]]] = field(default_factory=dict)
     _sums: dict[str, Tensor] = field(default_factory=dict)  # layer -> [options, 3], float64
+    _held: dict[str, list[Seen]] = field(default_factory=dict)  # layer -> what was not scored yet
 
     @property
     def labels(self) -> str:
@@ -85,10 +89,17 @@ class _Scores:
     def add(self, seen: Mapping[str, Seen], samples: Sequence[int]) -> None:
         del samples
         for name, passed in seen.items():
-            differences = (self._difference(name, option) for option in self._packed[name])
-            self._sums[name] += loss_changes(
-                passed.inputs, passed.gradient, differences, absolute=self.metric.needs_absolute
-            )
+            held = self._held.setdefault(name, [])
+            held.append(passed)
+            # What is absolute needs a gradient of the weight's size for each sample: one at a time.
+            if self.metric.needs_absolute or sum(each.inputs[..., 0].numel() for each in held) >= _TOKENS:
+                self._take(name)
+
+    def _take(self, name: str) -> None:
+        """Score what is held of a layer."""
+        held = self._held.pop(name)
+        differences = (self._difference(name, option) for option in self._packed[name])
+        self._sums[name] += loss_changes(held, differences, absolute=self.metric.needs_absolute)
 
     def _difference(self, name: str, option: Option) -> Tensor:
         assert self._block is not None
@@ -98,6 +109,8 @@ class _Scores:
 
     def finish(self) -> None:
         assert self._block is not None
+        for name in list(self._held):
+            self._take(name)
         if self.walk.fabric.world_size > 1:
             for name in sorted(self._sums):
                 dist.all_reduce(self._sums[name])
@@ -117,28 +130,29 @@ class _Scores:
         self._block, self._packed = None, {}
 
 
-def loss_changes(inputs: Tensor, gradients: Tensor, differences: Iterable[Tensor], *, absolute: bool = True) -> Tensor:
-    """Return the sums of ``LossChange`` over one sample's tokens and the losses, before they are divided by both.
+def loss_changes(batches: Sequence[Seen], differences: Iterable[Tensor], *, absolute: bool = True) -> Tensor:
+    """Return the sums of ``LossChange`` over tokens and losses, before they are divided by both.
 
     Args:
-        inputs: ``[..., in]``, what the layer was fed.
-        gradients: ``[losses, ..., out]``, of each loss at its output.
+        batches: what passed through the layer: ``inputs [..., in]``, ``gradient [losses, ..., out]``. The absolute
+            change is taken of each batch by itself.
         differences: of the weight, ``[out, in]`` each.
         absolute: whether the last column is wanted; 0 if not.
 
     Returns:
         ``[differences, 3]``, float64: ``channels``, ``tokens``, ``absolute``.
     """
-    x, losses = inputs.flatten(0, -2).float(), gradients.flatten(1, -2).float()
-    by_weight = [g.T @ x for g in losses] if absolute else []
+    flat = [(each.inputs.flatten(0, -2).float(), each.gradient.flatten(1, -2).float()) for each in batches]
+    by_weight = [g.T @ x for x, losses in flat for g in losses] if absolute else []
     rows = []
     for difference in differences:
-        row = torch.zeros(3, dtype=torch.float64, device=x.device)
-        error = x @ difference.T
-        for g in losses:
-            moved = error * g
-            row[0] += moved.square().sum(dtype=torch.float64) / 2
-            row[1] += moved.sum(1).square().sum(dtype=torch.float64) / 2
+        row = torch.zeros(3, dtype=torch.float64, device=difference.device)
+        for x, losses in flat:
+            error = x @ difference.T
+            for g in losses:
+                moved = error * g
+                row[0] += moved.square().sum(dtype=torch.float64) / 2
+                row[1] += moved.sum(1).square().sum(dtype=torch.float64) / 2
         for each in by_weight:
             row[2] += each.mul(difference).abs_().sum(dtype=torch.float64)
         rows.append(row)

@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from aptq.api import Callback, LayerStatistics, Option
-from aptq.calibration.backward import LOSSES, token_loss
+from aptq.calibration.backward import LOSSES, Seen, token_loss
 from aptq.calibration.measure import Rounding, measure
 from aptq.calibration.roundings import Roundings
 from aptq.calibration.score import loss_changes, score
@@ -145,8 +145,22 @@ def test_experts_are_scored_on_the_tokens_that_they_see(tiny_model_folder: Folde
 def test_loss_changes_are_quadratic_and_linear_in_the_difference() -> None:
     generator = torch.Generator().manual_seed(0)
     x, g, d = (torch.randn(*shape, generator=generator) for shape in ((1, 6, 5), (1, 6, 4), (4, 5)))
-    once, twice = loss_changes(x, g[None], [d, -2 * d])
+    once, twice = loss_changes([Seen(x, g[None])], [d, -2 * d])
     assert twice.tolist() == pytest.approx((torch.tensor([4, 4, 2]) * once).tolist())
+
+
+@pytest.mark.parametrize("metric", [Output(samples=5), Gradient(samples=5)])
+def test_it_is_the_same_whatever_is_scored_together(
+    metric: Output | Gradient, tiny_model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_model_folder("llama")
+    together = _score(_walk(folder), tmp_path / "together", metric)
+    monkeypatch.setattr("aptq.calibration.score._TOKENS", 1)
+    for name, entry in _score(_walk(folder), tmp_path / "apart", metric).items():
+        for option in OPTIONS:
+            one, other = (each.loss_changes[option] for each in (entry, together[name]))
+            assert one.channels == pytest.approx(other.channels, rel=1e-6)
+            assert (one.absolute or 0) == pytest.approx(other.absolute or 0, rel=1e-6)
 
 
 @pytest.mark.parametrize("at", [1, 3, 5])
