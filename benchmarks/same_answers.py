@@ -51,7 +51,7 @@ def by_gptqmodel(folder: str, ids: list[int]) -> dict[str, Any]:
     import torch
     from gptqmodel import BACKEND, GPTQModel
 
-    model = GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH, dtype=torch.float32)
+    model = GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
     tokens = torch.tensor([ids])
     with torch.no_grad():
         scores = model.model(tokens).logits.float().log_softmax(-1)
