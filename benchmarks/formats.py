@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -22,25 +23,57 @@ from runs import Job, add_options, console, footer, full_precision, mean_and_ran
 
 HERE = Path(__file__).resolve().parent
 
-FORMATS: dict[str, tuple[list[str], Sequence[int]]] = {  # overrides, and the bits that there are
-    "integer": (["format=integer"], range(2, 9)),
-    "integer, symmetric": (["format=integer", "format.symmetric=true"], range(2, 9)),
-    "normal float": (["format=float"], (2, 3, 4)),
-    "normal float, two scales (AFPQ)": (["format=asymmetric_float"], (2, 3, 4)),
-    "floating point": (["format=float", "format.code=fp"], (3, 4)),
-    "floating point, two scales (AFPQ)": (["format=asymmetric_float", "format.code=fp"], (3, 4)),
-    "vector codebooks (VPTQ)": (["format=vector", "format.group_size=-1"], (1, 2, 3, 4)),
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A format of the table: overrides, the bits that there are, and the section that its groups and ranges are in."""
+
+    words: Sequence[str]
+    bits: Sequence[int]
+    ranges: str | None = "format"  # None: it has groups of its own, and no row without a search for ranges
+
+    @property
+    def groups(self) -> list[str]:
+        """Return what sets groups of 64."""
+        return [] if self.ranges is None else [f"{self.ranges}.group_size=64"]
+
+
+FORMATS = {
+    "integer": Family(words=["format=integer"], bits=range(2, 9)),
+    "integer, symmetric": Family(words=["format=integer", "format.symmetric=true"], bits=range(2, 9)),
+    "integer, all pairs of ends (BitDistiller)": Family(
+        words=["format=integer", "format.clip=joint"], bits=range(2, 9)
+    ),
+    "integer, factors of channels (AWQ)": Family(words=["format=scaled"], bits=range(2, 9), ranges="format.inner"),
+    "integer, 0.5 % of outliers (SpQR, GWQ)": Family(
+        words=["format=outliers"], bits=range(2, 9), ranges="format.inner"
+    ),
+    "normal float": Family(words=["format=float"], bits=(2, 3, 4)),
+    "normal float, two scales (AFPQ)": Family(words=["format=asymmetric_float"], bits=(2, 3, 4)),
+    "floating point": Family(words=["format=float", "format.code=fp"], bits=(3, 4)),
+    "floating point, two scales (AFPQ)": Family(words=["format=asymmetric_float", "format.code=fp"], bits=(3, 4)),
+    "vector codebooks (VPTQ)": Family(words=["format=vector"], bits=(1, 2, 3, 4), ranges=None),
+    "block codebooks (LO-BCQ)": Family(words=["format=block_clustered"], bits=(4,), ranges=None),
+    "NVFP4": Family(words=["format=nvfp4", "format.clip_steps=8"], bits=(4,), ranges=None),
+    "MXFP4": Family(words=["format=mxfp4", "format.clip_steps=8"], bits=(4,), ranges=None),
 }
 QUANTIZERS: dict[str, list[str]] = {
-    "nearest, min-max": ["hessian=identity", "quantizer=nearest", "format.clip_steps=0"],
+    "nearest, min-max": ["hessian=identity", "quantizer=nearest"],
     "nearest": ["hessian=input", "quantizer=nearest"],
-    "gptq, min-max": ["hessian=input", "quantizer=gptq", "format.clip_steps=0"],
+    "gptq, min-max": ["hessian=input", "quantizer=gptq"],
     "gptq": ["hessian=input", "quantizer=gptq"],
 }
+
+
+def _overrides(family: Family, quantizer: str) -> list[str]:
+    fixed = [f"{family.ranges}.clip_steps=0"] if "min-max" in quantizer else []
+    return [*family.words, *QUANTIZERS[quantizer], *fixed]
+
+
 ROWS = {
-    f"{format}: {quantizer}": [*FORMATS[format][0], *QUANTIZERS[quantizer]]
-    for format, quantizer in product(FORMATS, QUANTIZERS)
-    if not ("min-max" in quantizer and "VPTQ" in format)  # codebooks have no range
+    f"{name}: {quantizer}": _overrides(family, quantizer)
+    for (name, family), quantizer in product(FORMATS.items(), QUANTIZERS)
+    if family.ranges is not None or "min-max" not in quantizer
 }
 _FIRST = next(iter(ROWS))
 
@@ -59,11 +92,11 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
     """Yield the runs that were asked for and that there are."""
     for bits, seed, quantizer, format in product(options.bits, options.seeds, options.quantizers, options.formats):
         row = f"{format}: {quantizer}"
-        if bits in FORMATS[format][1] and row in ROWS:
+        if bits in FORMATS[format].bits and row in ROWS:
             yield Job(
                 row=row,
                 fields={"bits": bits},
-                words=["allocator=uniform", "format.group_size=64", *ROWS[row], f"allocator.bits={bits}"],
+                words=["allocator=uniform", *FORMATS[format].groups, *ROWS[row], f"allocator.bits={bits}"],
                 overrides=ROWS[row],
                 seed=seed,
                 baseline=row == _FIRST,
@@ -96,8 +129,8 @@ def as_markdown(record: Mapping[str, Any]) -> str:
     told = ", ".join(f"{name} {value:.2f}" for name, value in full_precision(record).items())
     parts = [
         "# Formats and quantizers",
-        f"{record['model']} in float32, every layer at the same width, groups of 64 (vectors: one codebook a layer); "
-        f"{record['samples']} calibration samples of {record['length']} tokens, perplexity on {record['sequences']} "
+        f"{record['model']} in float32, every layer at the same width, groups of 64 (vectors: one codebook a layer; "
+        f"NVFP4 16, MXFP4 32); {record['samples']} calibration samples of {record['length']} tokens, perplexity on {record['sequences']} "
         f"sequences of {record['length']} tokens of each text; full precision: {told}. Rows without *min-max* "
         "search group ranges. Seconds are the whole process but for judging, and of runs that had the machine for "
         "themselves.",
