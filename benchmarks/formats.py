@@ -130,10 +130,10 @@ def as_markdown(record: Mapping[str, Any]) -> str:
     parts = [
         "# Formats and quantizers",
         f"{record['model']} in float32, every layer at the same width, groups of 64 (vectors: one codebook a layer; "
-        f"NVFP4 16, MXFP4 32); {record['samples']} calibration samples of {record['length']} tokens, perplexity on {record['sequences']} "
-        f"sequences of {record['length']} tokens of each text; full precision: {told}. Rows without *min-max* "
-        "search group ranges. Seconds are the whole process but for judging, and of runs that had the machine for "
-        "themselves.",
+        f"NVFP4 16, MXFP4 32); {record['samples']} calibration samples of {record['length']} tokens, perplexity on "
+        f"{record['sequences']} sequences of {record['length']} tokens of each text; full precision: {told}. Rows "
+        "without *min-max* search group ranges. Seconds are the whole process but for judging, and of runs that had "
+        "the machine for themselves.",
     ]
     for bits in sorted({each["bits"] for each in record["results"]}):
         parts += [f"## {bits} bits", markdown_table(*table(record, bits))]
