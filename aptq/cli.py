@@ -37,7 +37,7 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        _fail("Interrupted. The same command with the same run.dir goes on after the last finished block.", code=130)
+        _fail("Interrupted. A run goes on where it stopped when the same command is given with its run.dir.", code=130)
     except Exception as error:
         message = str(error) if isinstance(error, AptqError) else explain_hydra_error(error)
         if message is None:
