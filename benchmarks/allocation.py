@@ -152,7 +152,7 @@ def table(record: Mapping[str, Any], budget: float) -> tuple[list[str], list[lis
         if mine:
             cells = [mean_and_range([each["perplexity"][name] for each in mine]) for name in names]
             found = [each["audit"]["spearman"] for each in mine if each["audit"]]
-            audits = [each for each in found if each is not None]  # of a trace: it does not tell plans apart
+            audits = [each for each in found if each is not None]  # a metric may not tell plans apart
             bits = [f"{mean(each[key] for each in mine):.3f}" for key in ("code_bits", "storage_bits")]
             rows.append([row, str(len(mine)), *bits, *cells, f"{mean(audits):.2f}" if audits else ""])
     between = _interpolated(record, budget)

@@ -391,7 +391,6 @@ def test_group_sizes_are_chosen_too(overrides: Callable[..., list[str]]) -> None
         (["audit=4", "allocator=uniform"], "allocator=uniform predicts nothing"),
         (["audit=1"], "from 2 up"),
         (["metric=output", "measure_bits=4"], "goes by the full-precision model"),
-        (["allocator=knapsack", "metric=trace"], "knows bits"),
     ],
 )
 def test_plans_that_cannot_be_made_are_refused(

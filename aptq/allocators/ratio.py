@@ -15,7 +15,7 @@ class Ratio:
 
     Average code bits are ``high * R + low * (1 - R)`` (APTQ, DAC 2024, eq. 18), never more: a layer that would carry
     the share over ``ratio`` gets the low bits, and the next ones in rank are tried. The score is the cost that the high
-    bits save, per weight; under a metric that is blind to bits (``trace``) it is the cost itself, as in the paper.
+    bits save, per weight; under a metric that is blind to bits it is the cost itself.
     """
 
     ratio: float = 0.75

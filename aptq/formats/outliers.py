@@ -56,7 +56,8 @@ class Outliers:
     def check(self, option: Option, shape: tuple[int, int]) -> None:
         """Raise ``AptqError`` when ``inner`` cannot store a layer so, or codes several weights at once."""
         self.inner.check(option, shape)
-        _coded_apart(self.inner.fit(torch.zeros(1, 32, 32), option))
+        with torch.device("cpu"):  # whatever the caller makes: layers are made on meta first
+            _coded_apart(self.inner.fit(torch.zeros(1, 32, 32), option))
 
     def fit(self, weight: Tensor, option: Option, importance: Tensor | None = None) -> OutlierGrid:
         """Choose the outliers of a weight ``[heads, rows, in]`` and fit ``inner`` to the rest."""

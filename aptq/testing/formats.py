@@ -43,6 +43,9 @@ def check_format(
     """
     _check_refusals(format)
     for option, shape in accepted(format, bits, group_sizes, shapes):
+        with torch.device("meta"):  # where models are made before their tensors are loaded
+            format.check(option, shape)
+            format.packed_layout(option, shape)
         divisors = [heads for heads in (2, 3, 5) if shape[0] % heads == 0]
         for heads in (1, *(each for each in divisors[:1] if accepts_heads(format, option, shape, each))):
             _check_case(format, option, shape, heads)

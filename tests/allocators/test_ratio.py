@@ -26,7 +26,7 @@ def test_keeps_the_contract() -> None:
 
 
 def test_the_top_share_of_weights_gets_the_high_bits() -> None:
-    problem = _problem([10, 10, 10, 10], [(1.0, 1.0), (4.0, 4.0), (3.0, 3.0), (2.0, 2.0)])  # blind to bits: a trace
+    problem = _problem([10, 10, 10, 10], [(1.0, 1.0), (4.0, 4.0), (3.0, 3.0), (2.0, 2.0)])  # blind to bits
     plan = Ratio(ratio=0.75).allocate(problem)
     assert [plan[name].bits for name in problem.shapes] == [2, 4, 4, 4]
 
