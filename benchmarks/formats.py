@@ -50,6 +50,9 @@ FORMATS = {
     ),
     "normal float": Family(words=["format=float"], bits=(2, 3, 4)),
     "normal float, two scales (AFPQ)": Family(words=["format=asymmetric_float"], bits=(2, 3, 4)),
+    "normal float, two scales, 0.5 % of outliers": Family(
+        words=["format=outliers", "format@format.inner=asymmetric_float"], bits=(2, 3, 4), ranges="format.inner"
+    ),
     "floating point": Family(words=["format=float", "format.code=fp"], bits=(3, 4)),
     "floating point, two scales (AFPQ)": Family(words=["format=asymmetric_float", "format.code=fp"], bits=(3, 4)),
     "vector codebooks (VPTQ)": Family(words=["format=vector"], bits=(1, 2, 3, 4), ranges=None),

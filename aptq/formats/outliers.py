@@ -15,8 +15,8 @@ _VALUES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _FIRST = 1 << 16
 """Codes from here on are outliers, their 16 bits added: above every code that a format has."""
 
-COLUMNS, OFFSETS, VALUES = "outlier_columns", "outlier_offsets", "outlier_values"
-"""The sparse matrix among the parameters: compressed sparse rows."""
+COLUMNS, COUNTS, VALUES = "outlier_columns", "outlier_counts", "outlier_values"
+"""The sparse matrix among the parameters, row by row."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Outliers:
     with the mean of their group's other weights in their place, so that they do not widen its range. What is stored is
     the weight that the quantizer has come to at their place, rounded to 16 bits.
 
-    A layer ``[out, in]`` has ``round(share * out * in)`` outliers in compressed sparse rows: ``outlier_columns``, two
-    bytes each (four where there are more than 32767 inputs), ``outlier_values``, two bytes each, and
-    ``outlier_offsets``, four bytes a row. All of them count as storage; a code is stored at their place as well.
+    A layer ``[out, in]`` has ``round(share * out * in)`` outliers, stored row by row: ``outlier_columns`` and
+    ``outlier_values``, two bytes each, and ``outlier_counts``, two bytes a row (columns and counts have four where there
+    are more than 32767 inputs). All of them count as storage; a code is stored at their place as well.
 
     Source: the split is that of SpQR (Dettmers et al. 2023) and SqueezeLLM (Kim et al. 2023), and of GWQ and TaCQ with
     other criteria; the criterion is SpQR's sensitivity without the inverse Hessian.
@@ -103,12 +103,12 @@ class Outliers:
     def pack(self, quantized: QuantizedWeight, option: Option) -> dict[str, Tensor]:
         """Return the tensors of ``inner``, and those of the sparse matrix (see the class)."""
         inner, _, _ = _taken_apart(quantized)
-        sparse = {name: quantized.parameters[name].contiguous() for name in (COLUMNS, OFFSETS, VALUES)}
+        sparse = {name: quantized.parameters[name].contiguous() for name in (COLUMNS, COUNTS, VALUES)}
         return {**self.inner.pack(inner, option), **sparse}
 
     def unpack(self, tensors: Mapping[str, Tensor], option: Option, shape: tuple[int, int]) -> QuantizedWeight:
         """Invert ``pack``."""
-        sparse = {name: tensors[name] for name in (COLUMNS, OFFSETS, VALUES)}
+        sparse = {name: tensors[name] for name in (COLUMNS, COUNTS, VALUES)}
         inner = self.inner.unpack({name: each for name, each in tensors.items() if name not in sparse}, option, shape)
         return replace(inner, parameters={**inner.parameters, **sparse})
 
@@ -117,8 +117,8 @@ class Outliers:
         count = (self._count(shape[0] * shape[1]),)
         return {
             **self.inner.packed_layout(option, shape),
-            COLUMNS: (count, _column_dtype(shape[1])),
-            OFFSETS: ((shape[0] + 1,), torch.int32),
+            COLUMNS: (count, _index_dtype(shape[1])),
+            COUNTS: ((shape[0],), _index_dtype(shape[1])),
             VALUES: (count, _VALUES[self.value_dtype]),
         }
 
@@ -168,8 +168,8 @@ class OutlierGrid:
         rows, columns = (by_row >= _FIRST).nonzero(as_tuple=True)
         bits = by_row[rows, columns] - _FIRST
         sparse = {
-            COLUMNS: columns.to(_column_dtype(codes.shape[1])),
-            OFFSETS: _offsets(rows, by_row.shape[0]),
+            COLUMNS: columns.to(_index_dtype(codes.shape[1])),
+            COUNTS: rows.bincount(minlength=by_row.shape[0]).to(_index_dtype(codes.shape[1])),
             VALUES: torch.where(bits >= 1 << 15, bits - _FIRST, bits).to(torch.int16).view(self.dtype),
         }
         return replace(inner, parameters={**inner.parameters, **sparse})
@@ -182,15 +182,8 @@ def _coded_apart(grid: object) -> EntryGrid:
     return grid
 
 
-def _column_dtype(in_features: int) -> torch.dtype:
+def _index_dtype(in_features: int) -> torch.dtype:
     return torch.int16 if in_features <= torch.iinfo(torch.int16).max else torch.int32
-
-
-def _offsets(rows: Tensor, count: int) -> Tensor:
-    """Return where each row's outliers begin, and after the last one where they end: int32 ``[count + 1]``."""
-    offsets = torch.zeros(count + 1, dtype=torch.int32, device=rows.device)
-    offsets[1:] = rows.bincount(minlength=count).cumsum(0)
-    return offsets
 
 
 def _filled(weight: Tensor, mask: Tensor, option: Option) -> Tensor:
@@ -206,7 +199,7 @@ def _filled(weight: Tensor, mask: Tensor, option: Option) -> Tensor:
 def _taken_apart(quantized: QuantizedWeight) -> tuple[QuantizedWeight, Tensor, Tensor]:
     """Return what is of ``inner``, and the outliers' rows and columns."""
     parameters = quantized.parameters
-    rest = {name: tensor for name, tensor in parameters.items() if name not in (COLUMNS, OFFSETS, VALUES)}
-    counts = parameters[OFFSETS].diff().long()
+    rest = {name: tensor for name, tensor in parameters.items() if name not in (COLUMNS, COUNTS, VALUES)}
+    counts = parameters[COUNTS].long()
     rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     return replace(quantized, parameters=rest), rows, parameters[COLUMNS].long()

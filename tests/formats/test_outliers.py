@@ -77,9 +77,9 @@ def test_what_is_kept_costs_most_and_comes_back_as_it_was() -> None:
 def test_all_that_is_stored_is_counted() -> None:
     inner, shape = Integer(), (64, 128)
     more = storage_bits(Outliers(inner=inner, share=0.01), OPTION, shape) - storage_bits(inner, OPTION, shape)
-    assert more == 32 * round(0.01 * 64 * 128) + 32 * 65
+    assert more == 32 * round(0.01 * 64 * 128) + 16 * 64
     wide = Outliers(inner=inner).packed_layout(OPTION, (2, 40000))
-    assert wide["outlier_columns"][1] == torch.int32
+    assert wide["outlier_columns"][1] == wide["outlier_counts"][1] == torch.int32
 
 
 def test_formats_that_cannot_be_around_are_refused() -> None:
