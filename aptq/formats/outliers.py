@@ -29,8 +29,8 @@ class Outliers:
     the weight that the quantizer has come to at their place, rounded to 16 bits.
 
     A layer ``[out, in]`` has ``round(share * out * in)`` outliers, stored row by row: ``outlier_columns`` and
-    ``outlier_values``, two bytes each, and ``outlier_counts``, two bytes a row (columns and counts have four where there
-    are more than 32767 inputs). All of them count as storage; a code is stored at their place as well.
+    ``outlier_values``, two bytes each, and ``outlier_counts``, two bytes a row (columns and counts have four where
+    there are more than 32767 inputs). All of them count as storage; a code is stored at their place as well.
 
     Source: the split is that of SpQR (Dettmers et al. 2023) and SqueezeLLM (Kim et al. 2023), and of GWQ and TaCQ with
     other criteria; the criterion is SpQR's sensitivity without the inverse Hessian.
