@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aptq.api import Callback, EvaluationText, Evaluator
+from aptq.chosen_backends import chosen_backends
 from aptq.data import evaluation_texts
 from aptq.layer import dense_weights
 from aptq.settings import DataSettings
@@ -48,17 +49,18 @@ class Judge:
     ) -> dict[str, Any]:
         """Return the evaluator's measures, those of the original as ``baseline_<measure>``, and ``samples``.
 
-        Each model is in memory alone. ``original`` None leaves the baseline out, in samples too.
+        ``backends`` tells what multiplied the result's layers (``aptq.chosen_backends``). Each model is in memory
+        alone. ``original`` None leaves the baseline out, in samples too.
         """
         from aptq.hf import load  # imports transformers: heavy
 
         texts = evaluation_texts(self.data, self.tokenizer, getattr(self.evaluator, "max_tokens", None))
         prompts = _prompts(texts, num_samples)
-        measures, continuations = self._one(lambda: load(folder, backend=backend), texts, prompts, device, 0)
-        result: dict[str, Any] = {"baseline_perplexity": {}, **measures}
+        measures, continuations, backends = self._one(lambda: load(folder, backend=backend), texts, prompts, device, 0)
+        result: dict[str, Any] = {"baseline_perplexity": {}, **measures, "backends": backends}
         before: Sequence[str | None] = [None] * len(prompts)
         if original is not None:
-            baseline, before = self._one(original, texts, prompts, device, 1)
+            baseline, before, _ = self._one(original, texts, prompts, device, 1)
             result.update((f"baseline_{name}", values) for name, values in baseline.items())
         result["samples"] = [
             {"prompt": self.tokenizer.decode(prompt), "original": old, "quantized": new}
@@ -73,8 +75,9 @@ class Judge:
         prompts: Sequence[torch.Tensor],
         device: torch.device,
         index: int,
-    ) -> tuple[dict[str, dict[str, float]], list[str]]:
+    ) -> tuple[dict[str, dict[str, float]], list[str], list[dict[str, Any]]]:
         model = load().to(device)  # type: ignore[arg-type]  # transformers hides the signature
+        backends = chosen_backends(model)
         who = ("quantized model", "original model")[index]
 
         def progress(name: str, share: float) -> None:
@@ -88,7 +91,7 @@ class Judge:
             continuations = [self._continue(model, prompt) for prompt in prompts]
         del model
         gc.collect()
-        return measures, continuations
+        return measures, continuations, backends
 
     def _continue(self, model: PreTrainedModel, prompt: torch.Tensor) -> str:
         ids = prompt[None].to(model.device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aptq.api import ActivationQuantizer, AptqError, Backend, Format, LayerSpec, Option
-from aptq.backends.select import choose_backend
+from aptq.backends.select import Choice, choose_backend
 
 _PREPACKED = "prepacked_"
 
@@ -67,7 +67,7 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, torch.zeros(shape, dtype=stored))
         self.packed_names = tuple(layout)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype)) if bias else None
-        self._backend: Backend | None = None
+        self.choice: Choice | None = None  # of select_backend
         self._requested: str | Mapping[str, Any] = "auto"
         self._installed: Mapping[str, Backend] | None = None
         self._spec = self._make_spec()
@@ -99,31 +99,31 @@ class PackedLinear(nn.Module):
         """
         self._clear_prepacked()
         spec = self._make_spec()
-        chosen, _ = choose_backend(spec, backend, installed)
+        choice = choose_backend(spec, backend, installed)
         tensors = self.packed()
-        for name, tensor in chosen.prepack(tensors, spec).items():
+        for name, tensor in choice.backend.prepack(tensors, spec).items():
             if tensor is tensors.get(name):
                 self._reads[name] = name
             else:
                 self._reads[name] = _PREPACKED + name
                 self.register_buffer(_PREPACKED + name, tensor, persistent=False)
-        self._backend, self._requested, self._installed, self._spec = chosen, backend, installed, spec
+        self.choice, self._requested, self._installed, self._spec = choice, backend, installed, spec
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x W^T + b`` for ``x [..., in]`` (float32, float16 or bfloat16), as ``[..., out]`` in its dtype."""
-        if self._backend is None:
+        if self.choice is None:
             raise AptqError(
                 "This packed layer has no backend yet: load the model with from_pretrained or aptq.load, "
                 "or call select_backend() after loading its tensors."
             )
         buffers = self._buffers  # get_buffer() takes as long as a small product
         tensors = {name: buffers[attribute] for name, attribute in self._reads.items()}
-        y = self._backend.matmul(x, tensors, self._spec)  # type: ignore[arg-type]  # each is a tensor
+        y = self.choice.backend.matmul(x, tensors, self._spec)  # type: ignore[arg-type]  # each is a tensor
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         """Tell shape, bits, group size, format and backend."""
-        backend = "none yet" if self._backend is None else type(self._backend).__name__
+        backend = "none yet" if self.choice is None else type(self.choice.backend).__name__
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.option.bits}, group_size={self.option.group_size}, format={self.format_name}, "
@@ -146,7 +146,7 @@ class PackedLinear(nn.Module):
         for attribute in self._reads.values():
             if attribute.startswith(_PREPACKED):
                 delattr(self, attribute)
-        self._reads, self._backend = {}, None
+        self._reads, self.choice = {}, None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Move, but never cast, what the checkpoint holds: scales rounded to another dtype would be other weights."""
@@ -159,7 +159,7 @@ class PackedLinear(nn.Module):
             self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
         changed = cast.dtype != self.dtype or cast.device != device
         self.dtype = cast.dtype
-        if changed and self._backend is not None and cast.device.type != "meta":
+        if changed and self.choice is not None and cast.device.type != "meta":
             self.select_backend(self._requested, self._installed)
         return self
 

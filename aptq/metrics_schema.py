@@ -12,7 +12,7 @@ def check_metrics(metrics: Mapping[str, Any]) -> None:
     """Hold metrics against the schema of ``metrics.json``.
 
     ``perplexity`` and ``baseline_perplexity`` map text names to figures (null: not finite), and other evaluators add
-    mappings of their own. Optional are ``samples`` and ``audit``.
+    mappings of their own. Optional are ``samples``, ``audit`` and ``backends`` (of ``aptq.chosen_backends``).
 
     Raises:
         AptqError: names every key that is missing or holds the wrong kind of value.
@@ -43,9 +43,17 @@ def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 def _object(value: Any, fits: Callable[[Any], bool], *keys: str) -> bool:
     """Say whether a value is a mapping to values that fit, with exactly these keys where any are given."""
     return isinstance(value, Mapping) and all(map(fits, value.values())) and (not keys or set(value) == set(keys))
+
+
+def _list(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(fits, value))
 
 
 def _is_measure(value: Any) -> bool:
@@ -54,10 +62,29 @@ def _is_measure(value: Any) -> bool:
 
 def _is_samples(value: Any) -> bool:
     keys = ("prompt", "original", "quantized")
-    return isinstance(value, list) and all(
-        _object(item, lambda text: text is None or isinstance(text, str), *keys)
-        and None not in (item["prompt"], item["quantized"])  # the original is not there where there is no baseline
-        for item in value
+    return _list(
+        value,
+        lambda item: (
+            _object(item, lambda text: text is None or _text(text), *keys)
+            and None not in (item["prompt"], item["quantized"])
+        ),  # the original is not there where there is no baseline
+    )
+
+
+def _is_option(value: Any) -> bool:
+    return _object(value, lambda item: _number(item) or _text(item), "format", "bits", "group_size", "layers")
+
+
+def _is_backends(value: Any) -> bool:
+    rules: dict[str, Callable[[Any], bool]] = {
+        "backend": _text,
+        "layers": _count,
+        "options": lambda options: _list(options, _is_option),
+        "refusals": lambda refusals: _object(refusals, lambda reasons: _list(reasons, _text)),
+    }
+    return _list(
+        value,
+        lambda item: _object(item, lambda _: True, *rules) and all(fits(item[key]) for key, fits in rules.items()),
     )
 
 
@@ -75,5 +102,6 @@ _SCHEMA: dict[str, _Rule] = {
 }
 _OPTIONAL: dict[str, _Rule] = {
     "audit": ('{"spearman", "slope", "plans"}', lambda value: isinstance(value, Mapping)),
+    "backends": ('a list of {"backend", "layers", "options", "refusals"}', _is_backends),
     "samples": ('a list of {"prompt", "original", "quantized"}', _is_samples),
 }

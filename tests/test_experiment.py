@@ -78,6 +78,8 @@ def test_the_main_job(family: str, overrides: Callable[..., list[str]]) -> None:
     assert metrics["bits"]["storage"] > metrics["bits"]["code"]
     assert metrics["bytes"]["model"] < 0.5 * metrics["bytes"]["original"]
     assert metrics["peak_device_bytes"] is None
+    assert sum(each["layers"] for each in metrics["backends"]) == len(aptq.Run.read(run.folder).layers())
+    assert all("CUDA" in reason for each in metrics["backends"] for reason in each["refusals"]["triton"])
     plan = json.loads((run.folder / "plan.json").read_text())
     assert {3, 4} <= {entry["bits"] for entry in plan["layers"].values()} <= {2, 3, 4, 8}
     assert plan["budget"]["code_bits"] == pytest.approx(metrics["bits"]["code"])

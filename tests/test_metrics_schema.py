@@ -19,10 +19,21 @@ METRICS: dict[str, Any] = {
 }
 
 
+BACKENDS: list[dict[str, Any]] = [
+    {
+        "backend": "cpu",
+        "layers": 3,
+        "options": [{"format": "integer", "bits": 4, "group_size": 64, "layers": 3}],
+        "refusals": {"triton": ["it runs on a CUDA device, not on cpu"]},
+    }
+]
+
+
 def test_metrics_may_have_samples_an_audit_and_other_measures() -> None:
     samples = [{"prompt": "a", "original": original, "quantized": "c"} for original in ("b", None)]
     audit = {"spearman": 0.9, "slope": 1.0, "plans": 5}
     check_metrics(METRICS | {"samples": samples, "audit": audit, "accuracy": {"arc": 0.3}, "perplexity": {}})
+    check_metrics(METRICS | {"backends": BACKENDS})
 
 
 @pytest.mark.parametrize(
@@ -37,6 +48,10 @@ def test_metrics_may_have_samples_an_audit_and_other_measures() -> None:
         ({"peak_device_bytes": -1}, "peak_device_bytes must be"),
         ({"samples": [{"prompt": "a"}]}, "samples must be"),
         ({"samples": [{"prompt": "a", "original": "b", "quantized": None}]}, "samples must be"),
+        ({"backends": {"cpu": 3}}, "backends must be"),
+        ({"backends": [{"backend": "cpu", "layers": 3}]}, "backends must be"),
+        ({"backends": [BACKENDS[0] | {"refusals": {"triton": "no"}}]}, "backends must be"),
+        ({"backends": [BACKENDS[0] | {"options": [{"bits": 4}]}]}, "backends must be"),
         ({"perplexities": 3}, "perplexities must be"),
     ],
 )

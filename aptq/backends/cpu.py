@@ -11,8 +11,8 @@ from torch import Tensor
 
 from aptq import packing
 from aptq.api import AptqError, LayerSpec
-from aptq.backends.planar import unreadable
-from aptq.kernels.cpu import ARCHITECTURES, TYPES, load_kernels
+from aptq.backends.planar import FLOATS, refuses_dtype, unreadable
+from aptq.kernels.cpu import ARCHITECTURES, load_kernels
 from aptq.meaning import Integers, Levels, meaning_of
 
 _UNIT = packing.UNIT
@@ -54,11 +54,7 @@ class Cpu:
         """Refuse other devices, dtypes, group sizes and formats, and machines where the kernels cannot be built."""
         if spec.device.type != "cpu":
             return f"it runs on the CPU, not on {spec.device.type}"
-        if spec.dtype not in TYPES:
-            return (
-                f"it takes activations of float32, float16 and bfloat16, not {str(spec.dtype).removeprefix('torch.')}"
-            )
-        if (reason := _refuses_layout(spec)) is not None:
+        if (reason := refuses_dtype(spec, FLOATS) or _refuses_layout(spec)) is not None:
             return reason
         try:
             load_kernels(self.architecture, self.cache_dir)
@@ -103,7 +99,7 @@ def _refuses_layout(spec: LayerSpec) -> str | None:
     bits, size = spec.option.bits, spec.option.group_size
     if _group(spec) % _UNIT:
         return f"it takes groups of a multiple of {_UNIT} inputs and whole rows, not of {size}"
-    if (reason := unreadable(spec, TYPES)) is not None:
+    if (reason := unreadable(spec)) is not None:
         return reason
     if bits > 4 and not isinstance(meaning_of(spec.format, spec.option), Integers):
         return f"it reads levels of at most 4 bits, not {bits}"

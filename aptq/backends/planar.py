@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,34 @@ from aptq import packing
 from aptq.api import LayerSpec
 from aptq.meaning import meaning_of
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of activations, and of scales that are stored as what they are."""
 
-def unreadable(spec: LayerSpec, scale_dtypes: Collection[torch.dtype]) -> str | None:
+
+def group_of(spec: LayerSpec) -> int:
+    """Return how many inputs share a scale."""
+    size = spec.option.group_size
+    return spec.in_features if size == -1 else min(size, spec.in_features)
+
+
+def refuses_dtype(spec: LayerSpec, allowed: Sequence[torch.dtype]) -> str | None:
+    """Refuse activations of other dtypes than some."""
+    if spec.dtype in allowed:
+        return None
+    *first, last, found = (str(dtype).removeprefix("torch.") for dtype in (*allowed, spec.dtype))
+    return f"it takes activations of {', '.join(first)}{' and ' if first else ''}{last}, not {found}"
+
+
+def refuses_groups(spec: LayerSpec, allowed: Collection[int]) -> str | None:
+    """Refuse groups of other sizes than some, and a last one that is shorter."""
+    size = group_of(spec)
+    if size in allowed and spec.in_features % size == 0:
+        return None
+    told = ", ".join(map(str, allowed))
+    return f"it takes whole groups of {told} inputs, not {spec.in_features} inputs in groups of {size}"
+
+
+def unreadable(spec: LayerSpec, scale_dtypes: Collection[torch.dtype] = FLOATS) -> str | None:
     """Say what of a layer's tensors is not as expected, or None.
 
     Expected are codes of at most 8 bits (``qweight``, see ``aptq.packing``), scales ``[groups, out]`` of one of some

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from aptq import registry
 from aptq.api import ActivationBackend, AptqError, Backend, LayerSpec
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Choice:
+    """The backend of a layer."""
+
+    name: str
+    backend: Backend
+    refusals: Mapping[str, str]  # by name, why those that were asked before did not take it
 
 
 def installed_backends() -> tuple[dict[str, Backend], dict[str, str]]:
@@ -23,8 +33,8 @@ def installed_backends() -> tuple[dict[str, Backend], dict[str, str]]:
 
 def choose_backend(
     spec: LayerSpec, backend: str | Mapping[str, Any] = "auto", installed: Mapping[str, Backend] | None = None
-) -> tuple[Backend, dict[str, str]]:
-    """Return the backend for a layer, and by name why others refused it.
+) -> Choice:
+    """Return the backend for a layer, and why others refused it.
 
     Args:
         spec: what the layer needs.
@@ -49,7 +59,7 @@ def choose_backend(
         if reason is not None:
             refusals[candidate] = reason
         elif name in ("auto", candidate):
-            return ready, refusals
+            return Choice(name=candidate, backend=ready, refusals=refusals)
     raise AptqError(_message(spec, name, refusals))
 
 

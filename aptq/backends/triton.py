@@ -12,11 +12,10 @@ from torch import Tensor
 
 from aptq import packing
 from aptq.api import AptqError, LayerSpec
-from aptq.backends.planar import unreadable
+from aptq.backends.planar import FLOATS, refuses_dtype, unreadable
 from aptq.kernels.triton import read_table
 from aptq.meaning import Levels, meaning_of
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CAPABILITY = (8, 0)  # the oldest that the kernels are compiled and counted for
 _MOST_WORDS = 1 << 31  # that the kernels' 32-bit addresses reach
 
@@ -52,10 +51,8 @@ class Triton:
 
     def refuses_layer(self, spec: LayerSpec) -> str | None:
         """Say what of a layer the kernels cannot read, on whatever device."""
-        if spec.dtype not in _DTYPES:
-            return (
-                f"it takes activations of float32, float16 and bfloat16, not {str(spec.dtype).removeprefix('torch.')}"
-            )
+        if (reason := refuses_dtype(spec, FLOATS)) is not None:
+            return reason
         if self.tuning is not None:
             try:
                 read_table(self.tuning)
@@ -64,7 +61,7 @@ class Triton:
         words = math.prod(packing.packed_shape(spec.out_features, spec.in_features, spec.option.bits))
         if words >= _MOST_WORDS:
             return f"it reads weights of less than {_MOST_WORDS} words, not of {words}"
-        return unreadable(spec, _DTYPES)
+        return unreadable(spec)
 
     def prepack(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
         """Return codes and scales of the checkpoint, zeros as bytes ``[groups, out]`` and the table of levels."""

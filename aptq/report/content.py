@@ -63,6 +63,16 @@ class Width:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BackendUse:
+    """The layers that a backend multiplied when the result was evaluated."""
+
+    name: str
+    layers: int
+    widths: list[tuple[str, int]]  # label and number of layers
+    refusals: list[tuple[str, str]]  # who was asked before, and why it refused
+
+
+@dataclass(frozen=True, kw_only=True)
 class Content:
     """Everything on the page."""
 
@@ -85,6 +95,7 @@ class Content:
     mended: list[LayerReport]
     more_mended: int
     dampings: list[tuple[float, int]]
+    backends: list[BackendUse]
     config: str
 
 
@@ -122,6 +133,7 @@ def collect(run: Run) -> Content:
         mended=mended[:_EVENTS],
         more_mended=max(0, len(mended) - _EVENTS),
         dampings=sorted(Counter(report.damping for report in layers).items()),
+        backends=_backends(metrics),
         config=(run.folder / CONFIG).read_text(encoding="utf-8"),
     )
 
@@ -156,6 +168,24 @@ def _judged(metrics: Mapping[str, Any]) -> list[Judged]:
                     )
                 )
     return found
+
+
+def _backends(metrics: Mapping[str, Any]) -> list[BackendUse]:
+    used = metrics.get("backends", [])
+    counts = [
+        {Option(each["bits"], each["group_size"], each["format"]): each["layers"] for each in one["options"]}
+        for one in used
+    ]
+    labels = option_labels(option for each in counts for option in each)
+    return [
+        BackendUse(
+            name=one["backend"],
+            layers=one["layers"],
+            widths=[(labels[option], number) for option, number in each.items()],
+            refusals=[(other, reason) for other, reasons in one["refusals"].items() for reason in reasons],
+        )
+        for one, each in zip(used, counts, strict=True)
+    ]
 
 
 def _map(values: Mapping[str, float], tell: Callable[[float], str], *, logarithmic: bool) -> Map | None:

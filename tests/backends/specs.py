@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from aptq import packing
 from aptq.api import Format, LayerSpec, Option
 from aptq.formats.asymmetric_float import AsymmetricFloat
 from aptq.formats.float import Float
 from aptq.formats.integer import Integer
+from aptq.layer import PackedLinear
 
 FORMATS = {
     "integer": Integer(),
@@ -33,3 +36,24 @@ def spec_of(
         dtype=dtype,
         device=torch.device("cpu"),
     )
+
+
+def layer_of(
+    format: Format, option: Option, shape: tuple[int, int] = (70, 200), bias: bool = False
+) -> tuple[PackedLinear, Tensor]:
+    """Return a packed layer of random codes, not of a weight's, and its dense weight in float64."""
+    generator = torch.Generator().manual_seed(3)
+    layer = PackedLinear(shape[1], shape[0], bias=bias, format=format, format_name="anything", option=option)
+    groups = option.num_groups(shape[1])
+    count = (1 << option.bits) - (format == FORMATS["fp"])  # of fp, one code has no level
+    state = {"qweight": packing.pack(torch.randint(0, count, shape, generator=generator), option.bits)}
+    for name in ("scales", "scales_below"):
+        if name in layer.packed_names:
+            state[name] = (0.01 + torch.rand(groups, shape[0], generator=generator)).to(layer.get_buffer(name).dtype)
+    if "qzeros" in layer.packed_names:
+        zeros = torch.randint(0, 1 << option.bits, (groups, shape[0]), generator=generator)
+        state["qzeros"] = packing.pack(zeros, option.bits)
+    if bias:
+        state["bias"] = torch.randn(shape[0], generator=generator)
+    layer.load_state_dict(state)
+    return layer, layer.dense().double()

@@ -4,46 +4,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from aptq import packing
 from aptq.api import AptqError, Backend, Format, LayerSpec, Option
 from aptq.backends.cpu import Cpu
 from aptq.backends.reference import Reference
 from aptq.backends.select import choose_backend
 from aptq.formats.integer import Integer
-from aptq.layer import PackedLinear
 from aptq.testing import check_backend
-from tests.backends.specs import FORMATS, spec_of
+from tests.backends.specs import FORMATS, layer_of, spec_of
 
 CPU = Cpu()
-
-
-def layer_of(
-    format: Format, option: Option, shape: tuple[int, int] = (70, 200), bias: bool = False
-) -> tuple[PackedLinear, Tensor]:
-    """Return a packed layer of random codes, not of a weight's, and its dense weight in float64."""
-    generator = torch.Generator().manual_seed(3)
-    layer = PackedLinear(shape[1], shape[0], bias=bias, format=format, format_name="anything", option=option)
-    groups = option.num_groups(shape[1])
-    count = (1 << option.bits) - (format == FORMATS["fp"])  # of fp, one code has no level
-    state = {"qweight": packing.pack(torch.randint(0, count, shape, generator=generator), option.bits)}
-    for name in ("scales", "scales_below"):
-        if name in layer.packed_names:
-            state[name] = (0.01 + torch.rand(groups, shape[0], generator=generator)).to(layer.get_buffer(name).dtype)
-    if "qzeros" in layer.packed_names:
-        zeros = torch.randint(0, 1 << option.bits, (groups, shape[0]), generator=generator)
-        state["qzeros"] = packing.pack(zeros, option.bits)
-    if bias:
-        state["bias"] = torch.randn(shape[0], generator=generator)
-    layer.load_state_dict(state)
-    return layer, layer.dense().double()
 
 
 def test_it_is_a_backend_before_the_reference() -> None:
     assert isinstance(CPU, Backend)
     spec = spec_of(Integer(), Option(4, 64))
-    assert isinstance(choose_backend(spec)[0], Cpu)
+    assert isinstance(choose_backend(spec).backend, Cpu)
     assert CPU.priority > Reference().priority
 
 
@@ -165,9 +141,9 @@ def test_refusals_tell_why(spec: LayerSpec, reason: str) -> None:
 def test_without_a_compiler_auto_takes_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     installed = {"cpu": Cpu(cache_dir=str(tmp_path / "none")), "reference": Reference()}
-    chosen, refusals = choose_backend(spec_of(Integer(), Option(4, 64)), "auto", installed)
-    assert chosen is installed["reference"]
-    assert "no C++ compiler is on the PATH" in refusals["cpu"]
+    choice = choose_backend(spec_of(Integer(), Option(4, 64)), "auto", installed)
+    assert choice.backend is installed["reference"]
+    assert "no C++ compiler is on the PATH" in choice.refusals["cpu"]
     with pytest.raises(AptqError, match=r"cpu cannot run .*no C\+\+ compiler.*backend=auto"):
         choose_backend(spec_of(Integer(), Option(4, 64)), "cpu", installed)
 

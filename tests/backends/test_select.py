@@ -32,14 +32,15 @@ class Stub:
 
 def test_auto_takes_the_highest_priority_that_accepts_and_keeps_refusals() -> None:
     installed = {"slow": Stub(1), "fast": Stub(9, "needs a GPU"), "good": Stub(5)}
-    chosen, refusals = choose_backend(SPEC, "auto", installed)
-    assert chosen is installed["good"]
-    assert refusals == {"fast": "needs a GPU"}
+    choice = choose_backend(SPEC, "auto", installed)
+    assert choice.name == "good"
+    assert choice.backend is installed["good"]
+    assert choice.refusals == {"fast": "needs a GPU"}
 
 
 def test_a_named_backend_is_taken_over_better_ones() -> None:
     installed = {"slow": Stub(1), "good": Stub(5)}
-    assert choose_backend(SPEC, "slow", installed)[0] is installed["slow"]
+    assert choose_backend(SPEC, "slow", installed).backend is installed["slow"]
 
 
 def test_a_named_backend_that_refuses_tells_its_reason_and_the_others() -> None:
@@ -61,4 +62,4 @@ def test_an_unknown_backend_is_answered_with_what_is_installed() -> None:
 def test_the_reference_backend_is_installed() -> None:
     backends, _ = installed_backends()
     assert isinstance(backends["reference"], Reference)
-    assert isinstance(choose_backend(SPEC, "reference")[0], Reference)
+    assert isinstance(choose_backend(SPEC, "reference").backend, Reference)

@@ -30,9 +30,9 @@ def test_it_is_a_backend_before_the_cpus() -> None:
 
 
 def test_without_a_gpu_others_are_taken() -> None:
-    chosen, refusals = choose_backend(SPEC)
-    assert not isinstance(chosen, Triton)
-    assert refusals["triton"] == "it runs on a CUDA device, not on cpu"
+    choice = choose_backend(SPEC)
+    assert not isinstance(choice.backend, Triton)
+    assert choice.refusals["triton"] == "it runs on a CUDA device, not on cpu"
     with pytest.raises(AptqError, match=r"triton cannot run .*CUDA device, not on cpu.*backend=auto"):
         choose_backend(SPEC, "triton")
 

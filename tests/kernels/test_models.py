@@ -10,7 +10,6 @@ import torch
 
 import aptq
 from aptq.api import Option
-from aptq.backends.cpu import Cpu
 from aptq.formats.integer import Integer
 from aptq.layer import PackedLinear
 
@@ -36,8 +35,8 @@ def test_a_checkpoint_generates_the_same_text_by_either_backend(checkpoint: Path
     texts = {}
     for backend in ("cpu", "reference", {"name": "cpu", "architecture": "native"}):
         model = aptq.load(checkpoint, backend=backend)
-        kinds = {type(layer._backend).__name__ for layer in model.modules() if isinstance(layer, PackedLinear)}
-        assert kinds == {"Reference" if backend == "reference" else "Cpu"}
+        names = {layer.choice.name for layer in model.modules() if isinstance(layer, PackedLinear)}
+        assert names == {"reference" if backend == "reference" else "cpu"}
         generated = model.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False)
         texts[str(backend)] = generated.tolist()
     assert len({str(text) for text in texts.values()}) == 1
@@ -45,7 +44,7 @@ def test_a_checkpoint_generates_the_same_text_by_either_backend(checkpoint: Path
 
 def test_auto_takes_the_kernels(checkpoint: Path) -> None:
     model = aptq.load(checkpoint)
-    assert all(isinstance(each._backend, Cpu) for each in model.modules() if isinstance(each, PackedLinear))
+    assert all(each.choice.name == "cpu" for each in model.modules() if isinstance(each, PackedLinear))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -27,6 +27,23 @@ METRICS: dict[str, Any] = {
     "peak_rss_bytes": 1_310_000_000,
     "peak_device_bytes": 2_000_000_000,
     "versions": {"torch": "2.13.0"},
+    "backends": [
+        {
+            "backend": "cpu",
+            "layers": 6,
+            "options": [
+                {"format": "integer", "bits": bits, "group_size": 64, "layers": layers}
+                for bits, layers in ((3, 4), (4, 2))
+            ],
+            "refusals": {},
+        },
+        {
+            "backend": "reference",
+            "layers": 1,
+            "options": [{"format": "integer", "bits": 8, "group_size": -1, "layers": 1}],
+            "refusals": {"triton": ["it runs on <CUDA>"], "cpu": ["no compiler", "groups of 48"]},
+        },
+    ],
     "samples": [{"prompt": "With <b>", "original": " open", "quantized": " <script>alert(1)</script>"}],
     "audit": {
         "spearman": 0.93,
@@ -124,6 +141,8 @@ def test_the_page_tells_the_results(tmp_path: Path) -> None:
         "+26.3%", "not finite", "accuracy", "0.4000", "2 min 06 s", "1.31 GB", "device 2 GB", "3.500 bits of code",
         "damping raised to 0.1",
         "0.1000 in 1 layer", "lm_head, 8 bits", "without the chosen one: 0.93", "torch 2.13.0", "With <b>",
+        "3 bits, groups of 64: 4", "4 bits, groups of 64: 2", "8 bits, whole rows",
+        "triton: it runs on <CUDA>", "cpu: no compiler", "cpu: groups of 48",
     ):  # fmt: skip
         assert told in text
 
@@ -153,7 +172,7 @@ def test_the_figures_are_png_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows", [[], reports()])
 @pytest.mark.parametrize(
-    "metrics", [None, {key: METRICS[key] for key in METRICS if key not in ("samples", "audit", "accuracy")}]
+    "metrics", [None, {key: METRICS[key] for key in METRICS if key not in ("samples", "audit", "accuracy", "backends")}]
 )
 def test_what_is_missing_is_left_out(tmp_path: Path, rows: list[LayerReport], metrics: dict[str, Any] | None) -> None:
     if metrics is not None:
@@ -165,6 +184,7 @@ def test_what_is_missing_is_left_out(tmp_path: Path, rows: list[LayerReport], me
     assert (tmp_path / "bits.png").exists() == bool(rows)
     assert ("What the bits buy" in text) == bool(rows)
     assert "Audit" not in text
+    assert "Backends" not in text
 
 
 def test_a_plan_alone_gives_the_map_of_bits(tmp_path: Path) -> None:
