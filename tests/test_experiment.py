@@ -407,15 +407,15 @@ def test_statistics_are_cached_by_the_rounded_blocks_they_were_measured_behind(
 ) -> None:
     """In full precision, behind 4 bits, behind 4 bits of another quantizer; then the second once more."""
     walks = ([], ["measure_bits=4"], ["measure_bits=4", "quantizer=nearest"], ["measure_bits=4", "allocator.ratio=0.3"])
-    costs, cached = [], []
+    traces, cached = [], []
     for number, more in enumerate(walks):
         run = aptq.quantize(overrides("evaluator=none", "metric=trace", *more, folder=str(number)))
-        costs.append({report.name: report.predicted_cost for report in run.layers()})
+        traces.append({report.name: report.predicted_cost * 4.0**report.bits for report in run.layers()})
         cached.append(len(list((tmp_path / "cache" / "statistics").iterdir())))
     assert cached == [1, 2, 3, 3]
-    assert costs[1] == costs[3]
-    for name in costs[0]:
-        assert len({each[name] for each in costs}) == (1 if ".layers.0." in name else 3)
+    assert traces[1] == traces[3]
+    for name in traces[0]:
+        assert len({each[name] for each in traces}) == (1 if ".layers.0." in name else 3)
 
 
 @pytest.mark.parametrize("share", [100, 90, 80, 75, 70, 60, 50, 40])

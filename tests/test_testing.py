@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aptq.api import Allocation, Block, Curvature, LayerStatistics, Option, QuantizedWeight, Rounded
 from aptq.config import compose
+from aptq.formats.float import Float
 from aptq.formats.integer import Integer, IntegerGrid
 from aptq.hessians.input import Input
 from aptq.quantizers.nearest import Nearest
@@ -30,6 +31,13 @@ from aptq.testing import (
 from tests.backends.specs import spec_of
 
 BUDGETS = {"uniform": 4.0, "ratio": 3.5}
+SHAPES = ((64, 128), (5, 33))
+TAKEN = {
+    "torch_int4": {"format": Integer(), "bits": [4], "shapes": SHAPES},
+    "torch_int8": {"format": Integer(symmetric=True), "bits": [8], "shapes": SHAPES, "group_sizes": (32, -1)},
+    "bitsandbytes": {"format": Float(), "bits": [4], "shapes": SHAPES},
+}
+"""What backends take that do not take integers of 3 and 4 bits under any activations."""
 
 
 def _built_ins(kind: str) -> list[str]:
@@ -49,11 +57,15 @@ def test_built_in_quantizers_pass(name: str) -> None:
 @pytest.mark.parametrize("name", _built_ins("backend"))
 def test_built_in_backends_pass(name: str) -> None:
     backend, device = build("backend", {"name": name}), "cpu"
-    if "CUDA device" in (backend.refuses(spec_of(Integer(), Option(4, 32))) or ""):
+    taken = TAKEN.get(name, {"format": Integer(), "bits": [3, 4]})
+    refusal = backend.refuses(spec_of(taken["format"], Option(4, 32), (64, 128))) or ""
+    if "CUDA device" in refusal and "CPU" not in refusal:
         if not torch.cuda.is_available():
             pytest.skip("gpu: no CUDA device here")
         device = "cuda"
-    check_backend(backend, bits=[3, 4], device=device)
+    if "not installed" in refusal:
+        pytest.skip(refusal)
+    check_backend(backend, **taken, device=device)
 
 
 @pytest.mark.parametrize("name", _built_ins("hessian"))

@@ -24,7 +24,9 @@ class Outliers:
     """Weights in the format ``inner``, but for the ``share`` of a layer's weights whose rounding would cost most.
 
     Which they are is decided on the weight as it is: those of the largest ``h_j (w_ij - q_ij)^2``, with ``q`` the
-    nearest value of ``inner`` and ``h_j`` the importance of the input (1 without one). Then ``inner`` is fitted anew
+    nearest value of ``inner`` and ``h_j`` the importance of the input (1 without one): ``H_jj`` under
+    ``quantizer=nearest``, what an error costs once later columns have made up for it under those that feed errors back
+    (``1 / U_jj^2``, see ``aptq.quantizers.columns``). Then ``inner`` is fitted anew
     with the mean of their group's other weights in their place, so that they do not widen its range. What is stored is
     the weight that the quantizer has come to at their place, rounded to 16 bits.
 
@@ -33,7 +35,7 @@ class Outliers:
     there are more than 32767 inputs). All of them count as storage; a code is stored at their place as well.
 
     Source: the split is that of SpQR (Dettmers et al. 2023) and SqueezeLLM (Kim et al. 2023), and of GWQ and TaCQ with
-    other criteria; the criterion is SpQR's sensitivity without the inverse Hessian.
+    other criteria; the criterion is SpQR's sensitivity, whose ``h_j`` is ``1 / [H^-1]_jj``: made up for by all columns.
     """
 
     inner: Format
@@ -54,8 +56,10 @@ class Outliers:
         return self.inner.group_size
 
     def check(self, option: Option, shape: tuple[int, int]) -> None:
-        """Raise ``AptqError`` when ``inner`` cannot store a layer so, or codes several weights at once."""
+        """Raise ``AptqError`` when ``inner`` cannot store a layer so, codes several weights at once or has outliers."""
         self.inner.check(option, shape)
+        if COLUMNS in self.inner.packed_layout(option, shape):
+            raise AptqError("format.inner keeps outliers itself; use one format=outliers with a larger share.")
         with torch.device("cpu"):  # whatever the caller makes: layers are made on meta first
             _coded_apart(self.inner.fit(torch.zeros(1, 32, 32), option))
 
