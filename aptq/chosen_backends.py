@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -18,27 +19,28 @@ def chosen_backends(model: nn.Module) -> list[dict[str, Any]]:
     size, and ``refusals`` maps the backends that were asked before it to the distinct reasons why they refused one of
     these layers.
     """
-    layers: Counter[str] = Counter()
-    options: dict[str, Counter[Option]] = {}
-    refusals: dict[str, dict[str, dict[str, None]]] = {}  # by backend and who refused: reasons, in the order of layers
+    chosen: dict[str, list[tuple[Option, Mapping[str, str]]]] = {}  # by backend: option and refusals of each layer
     for module in model.modules():
-        if not isinstance(module, PackedLinear) or module.choice is None:
-            continue
-        name = module.choice.name
-        layers[name] += 1
-        options.setdefault(name, Counter())[module.option] += 1
-        reasons = refusals.setdefault(name, {})
-        for other, reason in module.choice.refusals.items():
-            reasons.setdefault(other, {})[reason] = None
+        if isinstance(module, PackedLinear) and module.choice is not None:
+            chosen.setdefault(module.choice.name, []).append((module.option, module.choice.refusals))
     return [
         {
             "backend": name,
-            "layers": count,
+            "layers": len(layers),
             "options": [
-                {"format": each.format, "bits": each.bits, "group_size": each.group_size, "layers": options[name][each]}
-                for each in sorted(options[name])
+                {"format": each.format, "bits": each.bits, "group_size": each.group_size, "layers": count}
+                for each, count in sorted(Counter(option for option, _ in layers).items())
             ],
-            "refusals": {other: list(reasons) for other, reasons in refusals[name].items()},
+            "refusals": _reasons(refusals for _, refusals in layers),
         }
-        for name, count in layers.items()
+        for name, layers in chosen.items()
     ]
+
+
+def _reasons(refusals: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Return by who refused the distinct reasons, in the order of layers."""
+    reasons: dict[str, dict[str, None]] = {}
+    for each in refusals:
+        for other, reason in each.items():
+            reasons.setdefault(other, {})[reason] = None
+    return {other: list(found) for other, found in reasons.items()}

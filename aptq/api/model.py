@@ -26,6 +26,10 @@ class Option:
         """Return how many groups a row of ``in_features`` weights has."""
         return 1 if self.group_size == -1 else -(-in_features // self.group_size)
 
+    def group_width(self, in_features: int) -> int:
+        """Return how many weights of such a row share their parameters: a group's, or all that there are."""
+        return in_features if self.group_size == -1 else min(self.group_size, in_features)
+
 
 class Layer(Protocol):
     """One weight matrix of the model, seen as ``[out, in]`` whatever module holds it (Linear, Conv1D)."""

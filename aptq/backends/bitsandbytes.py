@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aptq import packing
 from aptq.api import LayerSpec
-from aptq.backends.planar import FLOATS, group_of, refuses_dtype, refuses_groups, unreadable
+from aptq.backends.planar import FLOATS, refuses_dtype, refuses_groups, unreadable
 from aptq.meaning import Levels, meaning_of
 
 _DTYPES = {"cpu": FLOATS, "cuda": (torch.float16, torch.bfloat16)}
@@ -82,7 +82,7 @@ class Bitsandbytes:
         kind = next(kind for kind in _KINDS if kind in tensors)
         rows = x.reshape(-1, spec.in_features)
         y: Tensor = torch.ops.bitsandbytes.gemm_4bit(
-            rows, tensors[kind], shape, tensors["scales"], group_of(spec), kind
+            rows, tensors[kind], shape, tensors["scales"], spec.option.group_width(spec.in_features), kind
         )
         return y.view(*x.shape[:-1], spec.out_features)
 

@@ -15,12 +15,6 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of activations, and of scales that are stored as what they are."""
 
 
-def group_of(spec: LayerSpec) -> int:
-    """Return how many inputs share a scale."""
-    size = spec.option.group_size
-    return spec.in_features if size == -1 else min(size, spec.in_features)
-
-
 def refuses_dtype(spec: LayerSpec, allowed: Sequence[torch.dtype]) -> str | None:
     """Refuse activations of other dtypes than some."""
     if spec.dtype in allowed:
@@ -31,7 +25,7 @@ def refuses_dtype(spec: LayerSpec, allowed: Sequence[torch.dtype]) -> str | None
 
 def refuses_groups(spec: LayerSpec, allowed: Collection[int]) -> str | None:
     """Refuse groups of other sizes than some, and a last one that is shorter."""
-    size = group_of(spec)
+    size = spec.option.group_width(spec.in_features)
     if size in allowed and spec.in_features % size == 0:
         return None
     told = ", ".join(map(str, allowed))

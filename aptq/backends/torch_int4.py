@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aptq import packing
 from aptq.api import LayerSpec
-from aptq.backends.planar import group_of, refuses_groups
+from aptq.backends.planar import refuses_groups
 from aptq.backends.torch_operators import refuses_integers, refuses_operator
 
 _GROUPS = (32, 64, 128, 256)  # that the operator is written for
@@ -71,5 +71,6 @@ class TorchInt4:
         on_gpu = spec.device.type == "cuda"
         multiply = torch.ops.aten._weight_int4pack_mm if on_gpu else torch.ops.aten._weight_int4pack_mm_for_cpu
         rows = x.reshape(-1, spec.in_features).contiguous()
-        y: Tensor = multiply(rows, tensors["packed"], group_of(spec), tensors["scales_and_shifts"])
+        width = spec.option.group_width(spec.in_features)
+        y: Tensor = multiply(rows, tensors["packed"], width, tensors["scales_and_shifts"])
         return y.view(*x.shape[:-1], spec.out_features)

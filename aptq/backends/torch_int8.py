@@ -10,7 +10,6 @@ from torch import Tensor
 
 from aptq import packing
 from aptq.api import LayerSpec
-from aptq.backends.planar import group_of
 from aptq.backends.torch_operators import refuses_integers, refuses_operator
 
 
@@ -34,7 +33,7 @@ class TorchInt8:
         """Say what of a layer the operator does not take, on whatever device."""
         if (reason := refuses_integers(spec, 8)) is not None:
             return reason
-        if group_of(spec) != spec.in_features:
+        if spec.option.group_width(spec.in_features) != spec.in_features:
             return f"it takes one scale for an output, not groups of {spec.option.group_size} inputs"
         if spec.out_features % 4 or spec.in_features % 16:
             # The operator does not look: it reads 16 inputs and 4 scales at once, and others crash it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aptq.api import ExportJob
+from aptq.api import AptqError, ExportJob
 from aptq.shards import TensorInfo, explain_full_disk, parse_size, plan_shards, sync_folder, write_shards
 
 
@@ -30,6 +30,15 @@ def model_dtype(config: Any) -> torch.dtype:
     """Return the dtype of a model by its config."""
     dtype: torch.dtype | None = config.dtype
     return torch.float32 if dtype is None else dtype
+
+
+def check_linear(exporter: str, shapes: Mapping[str, tuple[int, int]], config: Any) -> None:
+    """Raise ``AptqError`` for mixtures of experts and ``Conv1D``, for which a reader's layout has no place."""
+    experts = next((name for name in shapes if ".experts." in name), None)
+    if experts is not None or config.model_type == "gpt2":
+        raise AptqError(
+            f"exporter={exporter} writes Linear layers only, not {experts or 'Conv1D'}; use exporter=native."
+        )
 
 
 def write_folder(

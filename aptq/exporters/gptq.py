@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aptq import packing
 from aptq.api import AptqError, ExportJob, Format, Option
-from aptq.exporters.folder import FolderExporter, write_folder
+from aptq.exporters.folder import FolderExporter, check_linear, write_folder
 from aptq.fusion import fused_groups
 from aptq.meaning import Integers, meaning_of
 from aptq.names import place
@@ -54,9 +54,7 @@ class GPTQ(FolderExporter):
         get_target("gptq").check(options, shapes)
         if any(format.packed_layout(option, (32, 128))["scales"][1] != torch.float16 for option in options):
             raise AptqError("exporter=gptq stores scales in float16; set format.scale_dtype=float16.")
-        experts = next((name for name in shapes if ".experts." in name), None)
-        if experts is not None or config.model_type == "gpt2":
-            raise AptqError(f"exporter=gptq writes Linear layers only, not {experts or 'Conv1D'}; use exporter=native.")
+        check_linear("gptq", shapes, config)
         for name, (out_features, in_features) in shapes.items():
             if out_features % 32 or in_features % 32:
                 raise AptqError(
@@ -70,7 +68,9 @@ class GPTQ(FolderExporter):
         Raises:
             AptqError: when the disk is too small, before or while writing.
         """
-        write_folder(job, folder, _infos(job), _tensors(job), _config(job), self.max_shard_size)
+        infos, symmetric = list(_infos(job)), _is_symmetric(job)
+        quantization = _config(job, _left_out(infos), symmetric)
+        write_folder(job, folder, infos, _tensors(job, symmetric), quantization, self.max_shard_size)
 
 
 def _is_symmetric(job: ExportJob) -> bool:
@@ -78,13 +78,12 @@ def _is_symmetric(job: ExportJob) -> bool:
     return not any(isinstance(meaning, Integers) and meaning.stored_zeros for meaning in meanings)
 
 
-def _config(job: ExportJob) -> dict[str, Any]:
+def _config(job: ExportJob, left_out: Iterable[str], symmetric: bool) -> dict[str, Any]:
     """Return the ``quantization_config``: the commonest option, and in ``dynamic`` all that differs from it."""
     chosen = list(job.plan.values())
     common = max(sorted(set(chosen)), key=chosen.count)
-    symmetric = _is_symmetric(job)
     version = "gptq" if symmetric else "gptq_v2"
-    dynamic: dict[str, dict[str, Any]] = {f"-:{_pattern([name])}": {} for name in _left_out(job)}
+    dynamic: dict[str, dict[str, Any]] = {f"-:{_pattern([name])}": {} for name in left_out}
     for option in sorted(set(chosen) - {common}):
         names = [name for name, mine in job.plan.items() if mine == option]
         dynamic[f"+:{_pattern([*names, *_stacks(job, option)])}"] = {
@@ -105,11 +104,11 @@ def _config(job: ExportJob) -> dict[str, Any]:
     }
 
 
-def _left_out(job: ExportJob) -> Iterator[str]:
+def _left_out(infos: Iterable[TensorInfo]) -> Iterator[str]:
     """Yield what has a weight of full precision within the blocks: readers look for packed ones in all they know."""
-    for name, tensor in job.full_precision():
-        module = name.removesuffix(".weight")
-        if module != name and place(module)[0] is not None and tensor.ndim == 2:
+    for info in infos:
+        module = info.name.removesuffix(".weight")
+        if module != info.name and place(module)[0] is not None and len(info.shape) == 2:
             yield module
 
 
@@ -140,9 +139,9 @@ def _infos(job: ExportJob) -> Iterator[TensorInfo]:
     yield from (TensorInfo.of(name, tensor) for name, tensor in job.full_precision())
 
 
-def _tensors(job: ExportJob) -> Iterator[tuple[str, Tensor]]:
+def _tensors(job: ExportJob, symmetric: bool) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of the checkpoint."""
-    less = 1 if _is_symmetric(job) else 0
+    less = 1 if symmetric else 0
     for layer, option in job.plan.items():
         shape = job.shapes[layer]
         quantized = job.format.unpack(job.packed(layer), option, shape)
@@ -154,5 +153,5 @@ def _tensors(job: ExportJob) -> Iterator[tuple[str, Tensor]]:
         yield f"{layer}.qzeros", packing.pack_rows(zeros.contiguous(), option.bits)
         yield f"{layer}.scales", scales.contiguous()
         columns = torch.arange(shape[1], dtype=torch.int32)
-        yield f"{layer}.g_idx", columns // (option.group_size if option.group_size != -1 else shape[1])
+        yield f"{layer}.g_idx", columns // option.group_width(shape[1])
     yield from job.full_precision()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aptq import packing
 from aptq.api import AptqError, ExportJob, Format, Option
-from aptq.exporters.folder import FolderExporter, model_dtype, write_folder
+from aptq.exporters.folder import FolderExporter, check_linear, model_dtype, write_folder
 from aptq.shards import TensorInfo
 
 _KNOWN = {
@@ -52,9 +52,7 @@ class VPTQ(FolderExporter):
         config: Any,
     ) -> None:
         """Raise ``AptqError`` for formats, codebooks and layers that the reader has no place for."""
-        experts = next((name for name in shapes if ".experts." in name), None)
-        if experts is not None or config.model_type == "gpt2":
-            raise AptqError(f"exporter=vptq writes Linear layers only, not {experts or 'Conv1D'}; use exporter=native.")
+        check_linear("vptq", shapes, config)
         dtype = model_dtype(config)
         for option in options:
             for name, shape in shapes.items():

@@ -122,8 +122,8 @@ class BlockClustered:
             selectors = quantized.parameters["selectors"].int().repeat_interleave(self.block_size, 0)[:width]
             codes = codes + selectors * entries.shape[1]
         scales = read_scales(quantized.parameters, self.scale_dtype)
-        size = width if option.group_size == -1 else option.group_size
-        return look_up(entries.flatten(), codes).mul_(scales.repeat_interleave(size, 0)[:width]).T
+        by_input = scales.repeat_interleave(option.group_width(width), 0)[:width]
+        return look_up(entries.flatten(), codes).mul_(by_input).T
 
     def pack(self, quantized: QuantizedWeight, option: Option) -> dict[str, Tensor]:
         """Return ``qweight`` (planar32), the scales, ``selectors`` and ``codebooks``, 6 bits an entry.

@@ -34,7 +34,14 @@ def check_group(option: Option) -> None:
 
 def split_groups(values: Tensor, option: Option) -> list[Tensor]:
     """Split the last dimension, which is a layer's inputs, into groups; the last one may be shorter."""
-    return list(values.split(values.shape[-1] if option.group_size == -1 else option.group_size, dim=-1))
+    return list(values.split(option.group_width(values.shape[-1]), dim=-1))
+
+
+def by_output(codes: Tensor, order: Tensor) -> Tensor:
+    """Return codes ``[heads, in, rows]`` of columns in ``order [heads, in]`` as ``[heads rows, in]``, in their own."""
+    natural = torch.empty_like(codes)
+    natural[torch.arange(len(codes), device=codes.device)[:, None], order] = codes
+    return natural.permute(0, 2, 1).reshape(-1, codes.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +60,7 @@ class GroupedGrid:
         """Return ``group`` and ``order`` of a weight ``[heads, rows, in]`` in the natural order of columns."""
         heads, _, width = weight.shape
         order = torch.arange(width, device=weight.device).expand(heads, -1)
-        return order // (width if option.group_size == -1 else option.group_size), order
+        return order // option.group_width(width), order
 
     def permuted(self, order: Tensor) -> Self:
         """Return the grid with position ``j`` of head ``h`` being this grid's column ``order[h, j]``."""
@@ -83,11 +90,7 @@ class GroupedGrid:
 
     def _natural(self, codes: Tensor) -> Tensor:
         """Return codes ``[heads, in, rows]`` as uint8 ``[out, in]``, columns back in their natural order."""
-        heads, in_features, rows = codes.shape
-        head = torch.arange(heads, device=codes.device)[:, None]
-        natural = torch.empty(heads, in_features, rows, dtype=torch.uint8, device=codes.device)
-        natural[head, self.order] = codes.to(torch.uint8)
-        return natural.permute(0, 2, 1).reshape(heads * rows, in_features)
+        return by_output(codes.to(torch.uint8), self.order)
 
     def _stored(self, parameter: Tensor) -> Tensor:
         """Return a parameter ``[heads, groups, rows]`` in the order that it is stored in, ``[groups, out]``."""

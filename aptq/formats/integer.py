@@ -123,8 +123,7 @@ class Integer:
         codes = quantized.codes.T.float()  # [in, out]: contiguous when it comes from unpacking
         scales = read_scales(quantized.parameters, self.scale_dtype)
         zeros = quantized.parameters["zeros"].float() if "zeros" in quantized.parameters else None
-        size = codes.shape[0] if option.group_size == -1 else option.group_size
-        for group, part in enumerate(codes.split(size)):
+        for group, part in enumerate(codes.split(option.group_width(len(codes)))):
             part.sub_(float(1 << (option.bits - 1)) if zeros is None else zeros[group]).mul_(scales[group])
         return codes.T
 

@@ -157,8 +157,7 @@ class LevelFormat:
         values = self._levels(option, torch.empty(0, device=codes.device))[codes.int()]
         above = read_scales(quantized.parameters, self.scale_dtype)
         below = read_scales(quantized.parameters, self.scale_dtype, "scales_below") if self.asymmetric else above
-        size = codes.shape[0] if option.group_size == -1 else option.group_size
-        for group, part in enumerate(values.split(size)):
+        for group, part in enumerate(values.split(option.group_width(len(codes)))):
             part.mul_(torch.where(part < 0, below[group], above[group]) if self.asymmetric else above[group])
         return values.T
 

@@ -235,6 +235,6 @@ def _books(outliers: Tensor, option: Option, in_features: int) -> Tensor:
     is_common[outliers] = False
     common = in_features - len(outliers)
     place = torch.arange(common, device=outliers.device)
-    book[is_common] = place // (common if option.group_size == -1 else option.group_size)
+    book[is_common] = place // option.group_width(common)
     book[outliers] = option.num_groups(common)
     return book

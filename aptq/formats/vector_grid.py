@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from aptq.api import QuantizedWeight
 from aptq.formats.codebooks import Codebook, Spec, fitted
+from aptq.formats.grouped import by_output
 from aptq.formats.kmeans import KMeans
 
 SCALES = {
@@ -107,11 +108,7 @@ class VectorGrid:
 
     def finish(self, codes: Tensor) -> QuantizedWeight:
         """Bind codes ``[heads, in, V]`` to codebooks and scales, columns back in their natural order."""
-        heads, width, vectors = codes.shape
-        head = torch.arange(heads, device=codes.device)[:, None]
-        natural = torch.empty_like(codes)
-        natural[head, self.order] = codes
-        natural = natural.permute(0, 2, 1).reshape(heads * vectors, width)  # [vectors of the layer, in]
+        natural = by_output(codes, self.order)  # [vectors of the layer, in]
         groups = self.books[: len(self.books) - bool(len(self.outliers))]
         parameters = self._scales() | {"codebook": self._stored([book.main for book in groups])}
         common = natural[:, self.book < len(groups)]
@@ -123,7 +120,7 @@ class VectorGrid:
             finer = self.books[-1]
             parts = torch.arange(self.length // finer.main.shape[1], device=codes.device)
             split = natural[:, None, self.outliers] >> (finer.bits * parts)[:, None] & (len(finer.main) - 1)
-            count = -(-heads * self.rows // finer.main.shape[1])
+            count = -(-len(codes) * self.rows // finer.main.shape[1])
             parameters["outlier_codebook"] = self._stored([finer.main])[0]
             parameters["outlier_codes"] = split.flatten(0, 1)[:count]
             parameters["outlier_columns"] = self.outliers.int()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from aptq import packing
-from aptq.api import Format, LayerSpec, Option
+from aptq.api import Backend, Format, LayerSpec, Option
 from aptq.formats.asymmetric_float import AsymmetricFloat
 from aptq.formats.float import Float
 from aptq.formats.integer import Integer
@@ -57,3 +57,32 @@ def layer_of(
         state["bias"] = torch.randn(shape[0], generator=generator)
     layer.load_state_dict(state)
     return layer, layer.dense().double()
+
+
+def check_products_as_good_as_bfloat16(
+    name: str, backend: Backend, format: Format, option: Option, shape: tuple[int, int]
+) -> None:
+    """See that a layer in bfloat16 is off from float64 by no more than weights of bfloat16 make it."""
+    layer, dense = layer_of(format, option, shape)
+    layer = layer.bfloat16()
+    layer.select_backend(name, {name: backend})
+    for rows in (1, 2, 3, 7, 40):
+        x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows)).bfloat16()
+        exact = x.double() @ dense.T
+        assert (layer(x).double() - exact).norm() <= 2**-7 * exact.norm(), (shape, rows)
+
+
+def check_bias_and_leading_shapes(
+    name: str, backend: Backend, format: Format, option: Option, shape: tuple[int, int]
+) -> PackedLinear:
+    """See that a layer in bfloat16 adds its bias and takes any leading shape; return it."""
+    layer, _ = layer_of(format, option, shape, bias=True)
+    layer = layer.bfloat16()
+    layer.select_backend(name, {name: backend})
+    dense = layer.dense().double()
+    for leading in ((), (0,), (1, 1), (2, 3, 4)):
+        x = torch.randn(*leading, shape[1]).bfloat16()
+        exact = x.double() @ dense.T + layer.bias
+        assert layer(x).shape == (*leading, shape[0])
+        assert (layer(x).double() - exact).norm() <= 2**-7 * exact.norm()
+    return layer

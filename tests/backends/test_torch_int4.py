@@ -14,7 +14,13 @@ from aptq.backends.torch_int8 import TorchInt8
 from aptq.backends.triton import Triton
 from aptq.formats.integer import Integer
 from aptq.testing import check_backend
-from tests.backends.specs import FORMATS, layer_of, spec_of
+from tests.backends.specs import (
+    FORMATS,
+    check_bias_and_leading_shapes,
+    check_products_as_good_as_bfloat16,
+    layer_of,
+    spec_of,
+)
 
 INT4 = TorchInt4()
 INTEGERS = {name: format for name, format in FORMATS.items() if isinstance(format, Integer)}
@@ -37,25 +43,11 @@ def test_conformance(format: Format) -> None:
 @pytest.mark.parametrize("name", INTEGERS)
 def test_products_are_as_good_as_weights_of_bfloat16(name: str) -> None:
     for shape, group in (((16, 32), 32), ((48, 192), 64), ((80, 256), 128), ((96, 512), 256), ((64, 128), -1)):
-        layer, dense = layer_of(INTEGERS[name], Option(4, group), shape)
-        layer = layer.bfloat16()
-        layer.select_backend("torch_int4", {"torch_int4": INT4})
-        for rows in (1, 2, 3, 7, 40):
-            x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows)).bfloat16()
-            exact = x.double() @ dense.T
-            assert (layer(x).double() - exact).norm() <= 2**-7 * exact.norm(), (shape, rows)
+        check_products_as_good_as_bfloat16("torch_int4", INT4, INTEGERS[name], Option(4, group), shape)
 
 
 def test_a_bias_and_any_leading_shape() -> None:
-    layer, _ = layer_of(Integer(), Option(4, 64), (48, 192), bias=True)
-    layer = layer.bfloat16()
-    layer.select_backend("torch_int4", {"torch_int4": INT4})
-    dense = layer.dense().double()
-    for leading in ((), (0,), (1, 1), (2, 3, 4)):
-        x = torch.randn(*leading, 192).bfloat16()
-        exact = x.double() @ dense.T + layer.bias
-        assert layer(x).shape == (*leading, 48)
-        assert (layer(x).double() - exact).norm() <= 2**-7 * exact.norm()
+    layer = check_bias_and_leading_shapes("torch_int4", INT4, Integer(), Option(4, 64), (48, 192))
     strided = torch.randn(192, 5).bfloat16().T
     torch.testing.assert_close(layer(strided), layer(strided.contiguous()))
 

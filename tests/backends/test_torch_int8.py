@@ -12,7 +12,12 @@ from aptq.backends.torch_int8 import TorchInt8
 from aptq.backends.triton import Triton
 from aptq.formats.integer import Integer
 from aptq.testing import check_backend
-from tests.backends.specs import layer_of, spec_of
+from tests.backends.specs import (
+    check_bias_and_leading_shapes,
+    check_products_as_good_as_bfloat16,
+    layer_of,
+    spec_of,
+)
 
 INT8 = TorchInt8()
 SYMMETRIC = {dtype: Integer(symmetric=True, scale_dtype=dtype) for dtype in ("float16", "bfloat16", "float32")}
@@ -32,25 +37,11 @@ def test_conformance(format: Format) -> None:
 @pytest.mark.parametrize("format", SYMMETRIC.values(), ids=SYMMETRIC)
 def test_products_are_as_good_as_weights_of_bfloat16(format: Format) -> None:
     for shape, group in (((4, 16), -1), ((52, 208), 208), ((64, 512), 1024)):
-        layer, dense = layer_of(format, Option(8, group), shape)
-        layer = layer.bfloat16()
-        layer.select_backend("torch_int8", {"torch_int8": INT8})
-        for rows in (1, 2, 3, 7, 40):
-            x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows)).bfloat16()
-            exact = x.double() @ dense.T
-            assert (layer(x).double() - exact).norm() <= 2**-7 * exact.norm(), (shape, rows)
+        check_products_as_good_as_bfloat16("torch_int8", INT8, format, Option(8, group), shape)
 
 
 def test_a_bias_any_leading_shape_and_views_that_begin_anywhere() -> None:
-    layer, _ = layer_of(SYMMETRIC["float16"], Option(8, -1), (48, 192), bias=True)
-    layer = layer.bfloat16()
-    layer.select_backend("torch_int8", {"torch_int8": INT8})
-    dense = layer.dense().double()
-    for leading in ((), (0,), (1, 1), (2, 3, 4)):
-        x = torch.randn(*leading, 192).bfloat16()
-        exact = x.double() @ dense.T + layer.bias
-        assert layer(x).shape == (*leading, 48)
-        assert (layer(x).double() - exact).norm() <= 2**-7 * exact.norm()
+    layer = check_bias_and_leading_shapes("torch_int8", INT8, SYMMETRIC["float16"], Option(8, -1), (48, 192))
     for view in (torch.randn(192, 5).bfloat16().T, torch.randn(1 + 3 * 192).bfloat16()[1:].view(3, 192)):
         torch.testing.assert_close(layer(view), layer(view.clone(memory_format=torch.contiguous_format)))
 

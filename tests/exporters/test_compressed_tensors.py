@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,22 +30,10 @@ def test_rows_are_packed_as_the_library_does(bits: int) -> None:
 
 
 @pytest.fixture
-def run(tiny_model_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., aptq.Run]:
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"{i}. The quick brown fox jumps over the lazy dog." for i in range(200)))
-
-    def make(*more: str, **config: object) -> aptq.Run:
-        return aptq.quantize(
-            [
-                *(f"model.path={tiny_model_folder('llama', **config)}", "data=text", f"data.path={text}"),
-                *(f"data.evaluation_path={{fox: {text}}}", "data.num_samples=2", "data.sequence_length=64"),
-                *("evaluator=none", "fabric=cpu", "callback=none", "format.symmetric=true", "format.group_size=32"),
-                *("allocator.bits=[2,3,4,8]", "allocator.budget=3.7", f"cache_dir={tmp_path / 'cache'}"),
-                *(f"run.dir={tmp_path / 'run'}", *more),
-            ]
-        )
-
-    return make
+def run(quantized: Callable[..., aptq.Run]) -> Callable[..., aptq.Run]:
+    return partial(
+        quantized, "format.symmetric=true", "format.group_size=32", "allocator.bits=[2,3,4,8]", "allocator.budget=3.7"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -23,21 +23,8 @@ LLAMA = LlamaConfig(dtype="float32")
 
 
 @pytest.fixture
-def run(tiny_model_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., aptq.Run]:
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"{i}. The quick brown fox jumps over the lazy dog." for i in range(200)))
-
-    def make(*more: str) -> aptq.Run:
-        return aptq.quantize(
-            [
-                *(f"model.path={tiny_model_folder('llama')}", "data=text", f"data.path={text}"),
-                *("data.num_samples=2", "data.sequence_length=64", "evaluator=none", "fabric=cpu", "callback=none"),
-                *("format.group_size=32", "exporter=gptq", "target=gptq", f"cache_dir={tmp_path / 'cache'}"),
-                *(f"run.dir={tmp_path / 'run'}", *more),
-            ]
-        )
-
-    return make
+def run(quantized: Callable[..., aptq.Run]) -> Callable[..., aptq.Run]:
+    return partial(quantized, "format.group_size=32", "exporter=gptq", "target=gptq")
 
 
 def integers(stream: Tensor, bits: int) -> Tensor:

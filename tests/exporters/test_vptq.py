@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
@@ -61,21 +61,8 @@ def _dense(tensors: dict[str, Tensor], config: dict[str, Any]) -> Tensor:
 
 
 @pytest.fixture
-def run(tiny_model_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., aptq.Run]:
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"{i}. The quick brown fox jumps over the lazy dog." for i in range(200)))
-
-    def make(*more: str) -> aptq.Run:
-        return aptq.quantize(
-            [
-                *(f"model.path={tiny_model_folder('llama')}", "data=text", f"data.path={text}", "format=vector"),
-                *(f"data.evaluation_path={{fox: {text}}}", "data.num_samples=2", "data.sequence_length=64"),
-                *("evaluator=none", "fabric=cpu", "callback=none", "hessian=input", f"cache_dir={tmp_path / 'cache'}"),
-                *(f"run.dir={tmp_path / 'run'}", "allocator=uniform", "allocator.bits=2", *SMALL, *more),
-            ]
-        )
-
-    return make
+def run(quantized: Callable[..., aptq.Run]) -> Callable[..., aptq.Run]:
+    return partial(quantized, "format=vector", "hessian=input", "allocator=uniform", "allocator.bits=2", *SMALL)
 
 
 @pytest.mark.parametrize(

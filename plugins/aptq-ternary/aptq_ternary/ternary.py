@@ -51,7 +51,7 @@ class Ternary:
     def fit(self, weight: Tensor, option: Option, importance: Tensor | None = None) -> TernaryGrid:
         """Fit one scale to each group of a weight ``[heads, rows, in]``."""
         heads, _, in_features = weight.shape
-        size = in_features if option.group_size == -1 else option.group_size
+        size = option.group_width(in_features)
         shares = torch.ones(heads, in_features, device=weight.device) if importance is None else importance
         scales = [
             self._scale(part, share[:, None])
@@ -82,13 +82,13 @@ class Ternary:
         """Return the grid that a stored weight lies on; see ``aptq.api.RoundableFormat``."""
         _, in_features = quantized.codes.shape
         order = torch.arange(in_features, device=quantized.codes.device)[None]
-        size = in_features if option.group_size == -1 else option.group_size
+        size = option.group_width(in_features)
         return TernaryGrid(quantized.parameters["scales"].float()[None], order, size, _SCALE_DTYPES[self.scale_dtype])
 
     def dequantize(self, quantized: QuantizedWeight, option: Option) -> Tensor:
         """Return ``(code - 1) * scale`` as float32 ``[out, in]``."""
         codes = quantized.codes.float() - 1.0
-        size = codes.shape[1] if option.group_size == -1 else option.group_size
+        size = option.group_width(codes.shape[1])
         scale = quantized.parameters["scales"].float().T  # [out, groups]
         group = torch.arange(codes.shape[1], device=codes.device) // size
         return codes * scale[:, group]
