@@ -23,16 +23,23 @@ TOKENS, GENERATED = 256, 12
 
 def by_aptq(folder: Path, text: str) -> dict[str, Any]:
     """Score and continue a text by transformers, with the packed layers of the native checkpoint."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(text, return_tensors="pt").input_ids[:, :TOKENS]
+    ids = tokenizer(text).input_ids[:TOKENS]
+    return {"ids": ids, **answers(model, tokenizer, ids)}
+
+
+def answers(model: Any, tokenizer: Any, ids: list[int]) -> dict[str, Any]:
+    """Score and continue tokens by a model of transformers."""
+    import torch
+
+    tokens = torch.tensor([ids])
     with torch.no_grad():
-        scores = model(ids).logits.float().log_softmax(-1)
-        written = model.generate(ids, max_new_tokens=GENERATED, do_sample=False)
-    nll = -scores[0, :-1].gather(1, ids[0, 1:, None]).mean().item()
-    return {"nll": nll, "ids": ids[0].tolist(), "text": tokenizer.decode(written[0, ids.shape[1] :])}
+        scores = model(tokens).logits.float().log_softmax(-1)
+        written = model.generate(tokens, max_new_tokens=GENERATED, do_sample=False)
+    nll = -scores[0, :-1].gather(1, tokens[0, 1:, None]).mean().item()
+    return {"nll": nll, "text": tokenizer.decode(written[0, len(ids) :])}
 
 
 def by_vllm(folder: str, ids: list[int]) -> dict[str, Any]:
@@ -51,13 +58,8 @@ def by_gptqmodel(folder: str, ids: list[int]) -> dict[str, Any]:
     import torch
     from gptqmodel import BACKEND, GPTQModel
 
-    model = GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
-    tokens = torch.tensor([ids])
-    with torch.no_grad():
-        scores = model.model(tokens).logits.float().log_softmax(-1)
-        written = model.model.generate(tokens, max_new_tokens=GENERATED, do_sample=False)
-    nll = -scores[0, :-1].gather(1, tokens[0, 1:, None]).mean().item()
-    return {"nll": nll, "text": model.tokenizer.decode(written[0, len(ids) :])}
+    loaded = GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
+    return answers(loaded.model, loaded.tokenizer, ids)
 
 
 READERS = {"vllm": (by_vllm, "compressed_tensors"), "gptqmodel": (by_gptqmodel, "gptq")}

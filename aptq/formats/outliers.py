@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from aptq.api import AptqError, EntryGrid, Format, FormatSet, Option, QuantizedWeight, RoundableFormat
-from aptq.formats.grouped import split_groups
+from aptq.formats.grouped import by_output, split_groups
+from aptq.formats.scales import FLOATS
 
-_VALUES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_VALUE_DTYPES = ("float16", "bfloat16")
 _FIRST = 1 << 16
 """Codes from here on are outliers, their 16 bits added: above every code that a format has."""
 
@@ -47,8 +49,10 @@ class Outliers:
             raise AptqError("format.inner is several formats; give each of them its outliers instead.")
         if not 0.0 <= self.share <= 0.5:
             raise AptqError(f"format.share={self.share} is not allowed; it is a share of the weights from 0 to 0.5.")
-        if self.value_dtype not in _VALUES:
-            raise AptqError(f"format.value_dtype={self.value_dtype!r} is not known; use one of {', '.join(_VALUES)}.")
+        if self.value_dtype not in _VALUE_DTYPES:
+            raise AptqError(
+                f"format.value_dtype={self.value_dtype!r} is not known; use one of {', '.join(_VALUE_DTYPES)}."
+            )
 
     @property
     def group_size(self) -> int:
@@ -60,8 +64,15 @@ class Outliers:
         self.inner.check(option, shape)
         if COLUMNS in self.inner.packed_layout(option, shape):
             raise AptqError("format.inner keeps outliers itself; use one format=outliers with a larger share.")
-        with torch.device("cpu"):  # whatever the caller makes: layers are made on meta first
-            _coded_apart(self.inner.fit(torch.zeros(1, 32, 32), option))
+        if option not in self._tried:
+            with torch.device("cpu"):  # whatever the caller makes: layers are made on meta first
+                _coded_apart(self.inner.fit(torch.zeros(1, 32, 32), option))
+            self._tried.add(option)
+
+    @cached_property
+    def _tried(self) -> set[Option]:
+        """Options that ``inner`` codes each weight by itself at: it takes a fit to know, and layers are many."""
+        return set()
 
     def fit(self, weight: Tensor, option: Option, importance: Tensor | None = None) -> OutlierGrid:
         """Choose the outliers of a weight ``[heads, rows, in]`` and fit ``inner`` to the rest."""
@@ -92,7 +103,7 @@ class Outliers:
 
     def _around(self, inner: object, mask: Tensor) -> OutlierGrid:
         order = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape[0], -1)
-        return OutlierGrid(_coded_apart(inner), mask, order, _VALUES[self.value_dtype])
+        return OutlierGrid(_coded_apart(inner), mask, order, FLOATS[self.value_dtype])
 
     def _count(self, weights: int) -> int:
         return round(self.share * weights)
@@ -123,7 +134,7 @@ class Outliers:
             **self.inner.packed_layout(option, shape),
             COLUMNS: (count, _index_dtype(shape[1])),
             COUNTS: ((shape[0],), _index_dtype(shape[1])),
-            VALUES: (count, _VALUES[self.value_dtype]),
+            VALUES: (count, FLOATS[self.value_dtype]),
         }
 
 
@@ -166,9 +177,7 @@ class OutlierGrid:
         codes = codes.to(torch.int32)
         found = codes >= _FIRST
         inner = self.inner.finish(codes.masked_fill(found, 0))
-        natural = torch.empty_like(codes)
-        natural[torch.arange(codes.shape[0], device=codes.device)[:, None], self.order] = codes
-        by_row = natural.permute(0, 2, 1).reshape(-1, codes.shape[1])  # [out, in]
+        by_row = by_output(codes, self.order)  # [out, in]
         rows, columns = (by_row >= _FIRST).nonzero(as_tuple=True)
         bits = by_row[rows, columns] - _FIRST
         sparse = {
