@@ -97,14 +97,21 @@ def _run(config: DictConfig) -> None:
             tasks[config.task](config)
         else:
             registry.load(registry.TASK, config.task)(config, _log_to)
+        return
     except AptqError as error:  # here, since Hydra would first print the command line again
-        _log.error("aptq: %s", error)
+        message = str(error)
+        _log.error("aptq: %s", message)
         _log.debug("raised here", exc_info=True)
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
         sys.exit(2)
+    # Hydra keeps what a job raised until the sweep is over, and goes on. An error of its own holds on to no model.
+    raise AptqError(f"A job of the sweep failed, {' '.join(HydraConfig.get().overrides.task)}: {message}")
 
 
 def _console_handler() -> logging.Handler:
-    return RichHandler(console=Console(stderr=True), show_path=False, show_level=False, markup=False)
+    # What is for the log file alone (tracebacks of mistakes) is not shown, though the logger is open to it by then.
+    console = Console(stderr=True)
+    return RichHandler(logging.INFO, console=console, show_path=False, show_level=False, markup=False)
 
 
 def _log_to(folder: Path) -> None:

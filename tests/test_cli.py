@@ -82,6 +82,26 @@ def test_a_sweep_leaves_one_run_each_and_prints_tables(
     assert page.read_text() == before
 
 
+def test_a_sweep_goes_on_after_a_job_that_fails(
+    aptq: Callable[..., subprocess.CompletedProcess[str]], tiny_model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"{number} bottles of beer on the wall" for number in range(99)))
+    done = aptq(
+        *("-m", f"model.path={tiny_model_folder()}", "data=text", f"data.path={text}", "data.num_samples=2"),
+        *("data.sequence_length=64", "evaluator=none", "name=sweep", "fabric=cpu", f"cache_dir={tmp_path / 'cache'}"),
+        *("allocator=knapsack", "metric=error", "allocator.budget=1.5,3,3.5"),
+    )
+    assert done.returncode == 2, "one job failed"
+    runs = [path for path in (tmp_path / "runs" / "sweep").iterdir() if (path / "model").is_dir()]
+    assert len(runs) == 2, "the others were done"
+    assert (tmp_path / "runs" / "sweep" / "comparison.html").exists()
+    told = done.stderr.splitlines()[-1]
+    assert "A job of the sweep failed" in told
+    assert "allocator.budget=1.5" in told
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_jobs_of_a_sweep_run_side_by_side_and_measure_once(
     aptq: Callable[..., subprocess.CompletedProcess[str]], tiny_model_folder: Callable[..., Path], tmp_path: Path
