@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -31,7 +31,8 @@ class Row:
     @property
     def curve(self) -> str:
         """Label of the curve that the run is on."""
-        return ", ".join(f"{key}={value}" for key, value in self.settings.items() if key not in _BUDGETS)
+        told = {key: value for key, value in self.settings.items() if key not in _BUDGETS}
+        return ", ".join(f"{key.removesuffix('.name')}={value}" for key, value in told.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,11 @@ class Comparison:
 def collect(runs: Sequence[Run]) -> Comparison:
     """Read finished runs; raise ``AptqError`` for one that is not."""
     metrics = [run.metrics() for run in runs]
-    keys = list(
-        dict.fromkeys(key for run in runs[1:] for key in differences(runs[0].config, run.config) if _is_setting(key))
+    differing = dict.fromkeys(key for run in runs[1:] for key in differences(runs[0].config, run.config))
+    sections = list(dict.fromkeys(key.partition(".")[0] for key in differing))
+    keys = sorted(
+        (key for key in differing if _is_setting(key) and not _is_implied(key, differing, runs)),
+        key=lambda key: (sections.index(key.partition(".")[0]), not key.endswith(".name")),  # which, then how
     )
     rows = [
         Row(
@@ -85,6 +89,17 @@ def collect(runs: Sequence[Run]) -> Comparison:
 def _is_setting(key: str) -> bool:
     """Leave out what only tells where results go, and whether the original was judged too."""
     return key not in ("baseline", "samples", "overwrite")
+
+
+def _is_implied(key: str, differing: Iterable[str], runs: Sequence[Run]) -> bool:
+    """Leave out options that differ only since the component does: runs of the same one have the same."""
+    name = f"{key.partition('.')[0]}.name"
+    if key == name or name not in differing:
+        return False
+    values: dict[str, list[Any]] = {}
+    for run in runs:
+        values.setdefault(str(_at(run.config, name)), []).append(_at(run.config, key))
+    return all(value == mine[0] for mine in values.values() for value in mine)
 
 
 def _at(config: Any, key: str) -> Any:

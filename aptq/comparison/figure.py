@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from aptq.report.figures import png
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from aptq.comparison.content import Comparison
 
 _WIDE = 3.0  # a range of more than so many times itself is drawn in logarithms
+_LINE = 48  # characters of a label that leave room for another one beside it
 
 
 def draw(content: Comparison) -> bytes | None:
@@ -19,7 +21,10 @@ def draw(content: Comparison) -> bytes | None:
     texts = [text for text in content.texts if content.best(text) is not None]
     if not texts:
         return None
-    figure = Figure(figsize=(5.6 * len(texts), 4.4))
+    names = {row.curve for row in content.rows}
+    columns = 1 if max(map(len, names)) > _LINE * len(texts) else len(texts)
+    figure = Figure(figsize=(5.6 * len(texts), 4.4 + 0.2 * len(names) / columns), layout="constrained")
+    legend: dict[str, Artist] = {}  # the same for all panels: it stands once, below them
     for panel, text in zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True):
         values: list[float] = []
         for curve in dict.fromkeys(row.curve for row in content.rows):
@@ -42,7 +47,9 @@ def draw(content: Comparison) -> bytes | None:
         panel.set_title(text, loc="left", fontsize=11)
         panel.grid(color="#dddddd", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
-        if panel.get_legend_handles_labels()[1]:
-            panel.legend(fontsize=8, frameon=False)
-    figure.tight_layout()
+        handles, labels = panel.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles, strict=True))
+    if legend:
+        handles, labels = list(legend.values()), list(legend)
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     return png(figure)

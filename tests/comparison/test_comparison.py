@@ -1,7 +1,9 @@
 """Runs side by side."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -13,11 +15,18 @@ from aptq.run import Run
 from aptq.settings import RunSettings
 
 
-def make(folder: Path, budget: float, metric: str, perplexity: float, **more: Any) -> Path:
+def make(
+    folder: Path,
+    budget: float,
+    metric: str,
+    perplexity: float,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    **more: Any,
+) -> Path:
     config = {
         "name": folder.name,
         "model": {"path": "tiny"},
-        "metric": {"name": metric},
+        "metric": {"name": metric, **options},
         "allocator": {"name": "knapsack", "budget": budget},
         "cache_dir": str(folder),
     }
@@ -53,9 +62,9 @@ def test_only_what_differs_is_listed_and_budgets_make_a_curve(folders: list[Path
     content = collect([Run.read(folder) for folder in folders])
     assert content.keys == ["allocator.budget", "metric.name"]
     assert [(row.name, row.curve) for row in content.rows] == [
-        ("c", "metric.name=error"),
-        ("b", "metric.name=output"),
-        ("a", "metric.name=output"),
+        ("c", "metric=error"),
+        ("b", "metric=output"),
+        ("a", "metric=output"),
     ]
     assert content.best("c4") == 40.0
     assert content.best("wikitext2") is None
@@ -63,6 +72,21 @@ def test_only_what_differs_is_listed_and_budgets_make_a_curve(folders: list[Path
     assert content.common == {
         "hessian": "None", "allocator": "knapsack", "format": "None", "quantizer": "None"
     }  # fmt: skip
+
+
+def test_options_that_only_one_component_has_make_no_longer_labels(tmp_path: Path) -> None:
+    def labels(*samples: int) -> list[str]:
+        runs = [
+            make(tmp_path / f"{samples}{number}", 3.0 + number / 4, "output", 40.0, options={"samples": each})
+            for number, each in enumerate(samples)
+        ]
+        runs.append(make(tmp_path / f"{samples}error", 3.0, "error", 50.0))
+        return sorted({row.curve for row in collect([Run.read(folder) for folder in runs]).rows})
+
+    assert labels(8, 8) == ["metric=error", "metric=output"]
+    assert labels(8, 4) == [
+        "metric=error, metric.samples=–", "metric=output, metric.samples=4", "metric=output, metric.samples=8"
+    ]  # fmt: skip
 
 
 def test_the_page_stands_alone_and_tells_the_figures(folders: list[Path], tmp_path: Path) -> None:
