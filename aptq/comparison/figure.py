@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from aptq.report.figures import png
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from aptq.comparison.content import Comparison
 
 _WIDE = 3.0  # a range of more than so many times itself is drawn in logarithms
+_TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # in each power of ten
 _LINE = 48  # characters of a label that leave room for another one beside it
 
 
@@ -42,6 +44,9 @@ def draw(content: Comparison) -> bytes | None:
             values.append(full)
         if max(values) > _WIDE * min(values):
             panel.set_yscale("log")
+            panel.yaxis.set_major_locator(LogLocator(subs=_TICKS))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_locator(NullLocator())
         panel.set_xlabel("stored bits per weight")
         panel.set_ylabel("perplexity")
         panel.set_title(text, loc="left", fontsize=11)
