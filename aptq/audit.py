@@ -69,8 +69,8 @@ def audit(problem: Allocation, audited: Sequence[Candidate], measured: Sequence[
     """Return the figures of an audit and warn where the metric is no guide.
 
     Returns:
-        ``spearman``: rank correlation of predicted cost and measured divergence over all plans but the chosen one,
-        which was picked by the prediction; ``size_spearman``: that of a plan's size, with the sign of "smaller is
+        ``spearman``: rank correlation of predicted cost and measured divergence over all different plans but the
+        chosen one, which was picked by the prediction; ``size_spearman``: that of a plan's size, with the sign of "smaller is
         worse"; ``slope``: of the least-squares line through the origin, measured over predicted; ``plans``: kind,
         predicted, measured and stored bits a weight of each.
     """
@@ -84,7 +84,9 @@ def audit(problem: Allocation, audited: Sequence[Candidate], measured: Sequence[
         }
         for each, figure in zip(audited, measured, strict=True)
     ]
-    others = [row for row in rows if row["kind"] != CHOSEN]
+    # Each plan once: a random one may be the uniform one again, and is in the figures' favour then.
+    distinct = {frozenset(each.plan.items()): row for each, row in reversed(list(zip(audited, rows, strict=True)))}
+    others = [row for row in reversed(distinct.values()) if row["kind"] != CHOSEN]
     predicted, found = ([float(row[key]) for row in others] for key in ("predicted", "measured"))
     spearman = _correlation(predicted, found)
     by_size = _correlation([-float(row["storage_bits"]) for row in others], found)

@@ -49,6 +49,17 @@ def test_a_metric_that_is_right_has_slope_and_correlation_one(caplog: pytest.Log
     assert not caplog.records
 
 
+def test_a_plan_that_came_twice_counts_once() -> None:
+    problem, chosen = _problem()
+    audited = candidates(problem, chosen, 6, seed=0)
+    measured = [1.0, 2.0, 1.5, 4.0, 3.0, 5.0, 2.5, 7.0]
+    again = [Candidate(kind="random", plan=dict(each.plan)) for each in audited[:2]]
+    once, twice = audit(problem, audited, measured), audit(problem, [*audited, *again], [*measured, *measured[:2]])
+    assert len(twice["plans"]) == 10
+    for key in ("spearman", "size_spearman", "slope"):
+        assert twice[key] == pytest.approx(once[key])
+
+
 def test_a_metric_that_orders_nothing_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     problem, chosen = _problem()
     audited = candidates(problem, chosen, 8, seed=0)
