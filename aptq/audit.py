@@ -70,9 +70,9 @@ def audit(problem: Allocation, audited: Sequence[Candidate], measured: Sequence[
 
     Returns:
         ``spearman``: rank correlation of predicted cost and measured divergence over all different plans but the
-        chosen one, which was picked by the prediction; ``size_spearman``: that of a plan's size, with the sign of "smaller is
-        worse"; ``slope``: of the least-squares line through the origin, measured over predicted; ``plans``: kind,
-        predicted, measured and stored bits a weight of each.
+        chosen one, which was picked by the prediction; ``size_spearman``: that of a plan's size, with the sign of
+        "smaller is worse"; ``slope``: of the least-squares line through the origin, measured over predicted;
+        ``plans``: kind, predicted, measured and stored bits a weight of each.
     """
     total = problem.total_weights
     rows = [
