@@ -29,6 +29,18 @@ def aptq(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.fixture
+def job(tiny_model_folder: Callable[..., Path], tmp_path: Path) -> tuple[str, ...]:
+    """Return the words that quantize a tiny model and judge it by ``tmp_path / "text.txt"``."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"{number} bottles of beer on the wall" for number in range(99)))
+    return (
+        *(f"model.path={tiny_model_folder()}", "data=text", f"data.path={text}", f"data.evaluation_path={text}"),
+        *("data.num_samples=2", "data.sequence_length=64", "evaluator.num_sequences=2"),
+        *("fabric=cpu", f"cache_dir={tmp_path / 'cache'}"),
+    )
+
+
 def test_help_names_groups_and_keys(aptq: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = aptq("--help")
     assert done.returncode == 0
@@ -57,14 +69,10 @@ def test_a_mistake_is_one_message_and_exit_code_2(
 
 
 def test_a_sweep_leaves_one_run_each_and_prints_tables(
-    aptq: Callable[..., subprocess.CompletedProcess[str]], tiny_model_folder: Callable[..., Path], tmp_path: Path
+    aptq: Callable[..., subprocess.CompletedProcess[str]], job: tuple[str, ...], tmp_path: Path
 ) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"{number} bottles of beer on the wall" for number in range(99)))
     done = aptq(
-        *("-m", f"model.path={tiny_model_folder()}", "data=text", f"data.path={text}", "data.num_samples=2"),
-        *("data.sequence_length=64", f"data.evaluation_path={text}", "evaluator.num_sequences=2", "samples=1"),
-        *("name=sweep", "allocator=uniform", "allocator.bits=3,4", "fabric=cpu"),
+        *("-m", *job, "name=sweep", "samples=1", "allocator=uniform", "allocator.bits=3,4"),
     )
     assert done.returncode == 0, done.stderr
     runs = sorted(path for path in (tmp_path / "runs" / "sweep").iterdir() if path.is_dir())
@@ -82,14 +90,14 @@ def test_a_sweep_leaves_one_run_each_and_prints_tables(
     assert page.read_text() == before
 
 
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("joblib", marks=pytest.mark.slow)])
 def test_a_sweep_goes_on_after_a_job_that_fails(
-    aptq: Callable[..., subprocess.CompletedProcess[str]], tiny_model_folder: Callable[..., Path], tmp_path: Path
+    launcher: str, aptq: Callable[..., subprocess.CompletedProcess[str]], job: tuple[str, ...], tmp_path: Path
 ) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"{number} bottles of beer on the wall" for number in range(99)))
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     done = aptq(
-        *("-m", f"model.path={tiny_model_folder()}", "data=text", f"data.path={text}", "data.num_samples=2"),
-        *("data.sequence_length=64", "evaluator=none", "name=sweep", "fabric=cpu", f"cache_dir={tmp_path / 'cache'}"),
+        *("-m", f"hydra/launcher={launcher}", *job, "name=sweep", "samples=0"),
         *("allocator=knapsack", "metric=error", "allocator.budget=1.5,3,3.5"),
     )
     assert done.returncode == 2, "one job failed"
@@ -104,15 +112,11 @@ def test_a_sweep_goes_on_after_a_job_that_fails(
 
 @pytest.mark.slow
 def test_jobs_of_a_sweep_run_side_by_side_and_measure_once(
-    aptq: Callable[..., subprocess.CompletedProcess[str]], tiny_model_folder: Callable[..., Path], tmp_path: Path
+    aptq: Callable[..., subprocess.CompletedProcess[str]], job: tuple[str, ...], tmp_path: Path
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"{number} bottles of beer on the wall" for number in range(99)))
     done = aptq(
-        *("-m", "hydra/launcher=joblib", f"model.path={tiny_model_folder()}", "data=text", f"data.path={text}"),
-        *("data.num_samples=2", "data.sequence_length=64", f"data.evaluation_path={text}", "evaluator.num_sequences=2"),
-        *("samples=0", "name=sweep", "allocator.budget=2.5,3,3.5", "fabric=cpu", f"cache_dir={tmp_path / 'cache'}"),
+        *("-m", "hydra/launcher=joblib", *job, "name=sweep", "samples=0", "allocator.budget=2.5,3,3.5"),
     )
     assert done.returncode == 0, done.stderr
     runs = [path for path in (tmp_path / "runs" / "sweep").iterdir() if path.is_dir()]
@@ -124,16 +128,13 @@ def test_jobs_of_a_sweep_run_side_by_side_and_measure_once(
 
 
 def test_the_papers_tables_are_one_command_that_goes_on_where_it_stopped(
-    aptq: Callable[..., subprocess.CompletedProcess[str]], tiny_model_folder: Callable[..., Path], tmp_path: Path
+    aptq: Callable[..., subprocess.CompletedProcess[str]], job: tuple[str, ...], tmp_path: Path
 ) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"{number} bottles of beer on the wall" for number in range(99)))
     rows = ("aptq_75", "aptq_50")
     left_out = [name for name in compose(["experiment=paper_smollm2"]).rows if name not in rows]
+    text = tmp_path / "text.txt"
     command = (
-        *("experiment=paper_smollm2", f"model.path={tiny_model_folder()}", "data=text", f"data.path={text}"),
-        *("data.num_samples=2", "data.sequence_length=64", f"data.evaluation_path={{c4: {text}, wikitext2: {text}}}"),
-        *("evaluator.num_sequences=2", "name=paper", "fabric=cpu", f"cache_dir={tmp_path / 'cache'}"),
+        *("experiment=paper_smollm2", *job, f"data.evaluation_path={{c4: {text}, wikitext2: {text}}}", "name=paper"),
         *(f"~rows.{name}" for name in left_out),
     )
     done = aptq(*command)
