@@ -84,9 +84,10 @@ def audit(problem: Allocation, audited: Sequence[Candidate], measured: Sequence[
         }
         for each, figure in zip(audited, measured, strict=True)
     ]
-    # Each plan once: a random one may be the uniform one again, and is in the figures' favour then.
-    distinct = {frozenset(each.plan.items()): row for each, row in reversed(list(zip(audited, rows, strict=True)))}
-    others = [row for row in reversed(distinct.values()) if row["kind"] != CHOSEN]
+    distinct: dict[frozenset[tuple[str, Option]], dict[str, Any]] = {}  # a random plan may be the uniform one again
+    for each, row in zip(audited, rows, strict=True):
+        distinct.setdefault(frozenset(each.plan.items()), row)
+    others = [row for row in distinct.values() if row["kind"] != CHOSEN]
     predicted, found = ([float(row[key]) for row in others] for key in ("predicted", "measured"))
     spearman = _correlation(predicted, found)
     by_size = _correlation([-float(row["storage_bits"]) for row in others], found)

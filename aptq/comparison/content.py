@@ -20,6 +20,7 @@ class Row:
 
     name: str
     settings: dict[str, str]  # what differs between the runs, by dotted key
+    curve: str  # label of the curve that the run is on
     code_bits: float
     storage_bits: float
     model_bytes: int
@@ -27,12 +28,6 @@ class Row:
     spearman: float | None
     seconds: float
     peak_rss_bytes: int
-
-    @property
-    def curve(self) -> str:
-        """Label of the curve that the run is on."""
-        told = {key: value for key, value in self.settings.items() if key not in _BUDGETS}
-        return ", ".join(f"{key.removesuffix('.name')}={value}" for key, value in told.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +52,15 @@ def collect(runs: Sequence[Run]) -> Comparison:
     differing = dict.fromkeys(key for run in runs[1:] for key in differences(runs[0].config, run.config))
     sections = list(dict.fromkeys(key.partition(".")[0] for key in differing))
     keys = sorted(
-        (key for key in differing if _is_setting(key) and not _is_implied(key, differing, runs)),
+        filter(_is_setting, differing),
         key=lambda key: (sections.index(key.partition(".")[0]), not key.endswith(".name")),  # which, then how
     )
+    labels = [key for key in keys if key not in _BUDGETS and not _is_implied(key, differing, runs)]
     rows = [
         Row(
             name=run.folder.name,
             settings={key: _tell(_at(run.config, key)) for key in keys},
+            curve=", ".join(f"{key.removesuffix('.name')}={_tell(_at(run.config, key))}" for key in labels),
             code_bits=figures["bits"]["code"],
             storage_bits=figures["bits"]["storage"],
             model_bytes=figures["bytes"]["model"],
@@ -92,7 +89,7 @@ def _is_setting(key: str) -> bool:
 
 
 def _is_implied(key: str, differing: Iterable[str], runs: Sequence[Run]) -> bool:
-    """Leave out options that differ only since the component does: runs of the same one have the same."""
+    """Say whether an option differs only since the component does: runs of the same one have the same."""
     name = f"{key.partition('.')[0]}.name"
     if key == name or name not in differing:
         return False

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _WIDE = 3.0  # a range of more than so many times itself is drawn in logarithms
 _TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # in each power of ten
-_LINE = 48  # characters of a label that leave room for another one beside it
+_LINE = 80  # characters of a label that a panel is wide enough for
 
 
 def draw(content: Comparison) -> bytes | None:
@@ -24,7 +24,7 @@ def draw(content: Comparison) -> bytes | None:
     if not texts:
         return None
     names = {row.curve for row in content.rows}
-    columns = 1 if max(map(len, names)) > _LINE * len(texts) else len(texts)
+    columns = 1 if max(map(len, names)) > _LINE else len(texts)
     figure = Figure(figsize=(5.6 * len(texts), 4.4 + 0.2 * len(names) / columns), layout="constrained")
     legend: dict[str, Artist] = {}  # the same for all panels: it stands once, below them
     for panel, text in zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True):

@@ -74,14 +74,16 @@ def test_only_what_differs_is_listed_and_budgets_make_a_curve(folders: list[Path
     }  # fmt: skip
 
 
-def test_options_that_only_one_component_has_make_no_longer_labels(tmp_path: Path) -> None:
+def test_options_that_only_one_component_has_are_listed_but_make_no_longer_labels(tmp_path: Path) -> None:
     def labels(*samples: int) -> list[str]:
         runs = [
             make(tmp_path / f"{samples}{number}", 3.0 + number / 4, "output", 40.0, options={"samples": each})
             for number, each in enumerate(samples)
         ]
         runs.append(make(tmp_path / f"{samples}error", 3.0, "error", 50.0))
-        return sorted({row.curve for row in collect([Run.read(folder) for folder in runs]).rows})
+        content = collect([Run.read(folder) for folder in runs])
+        assert sorted(content.keys) == ["allocator.budget", "metric.name", "metric.samples"]
+        return sorted({row.curve for row in content.rows})
 
     assert labels(8, 8) == ["metric=error", "metric=output"]
     assert labels(8, 4) == [
