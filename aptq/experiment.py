@@ -26,7 +26,7 @@ from aptq.files import new_folder, write_bytes, write_json
 from aptq.finished import job_of, open_for_use
 from aptq.models import open_model
 from aptq.pipeline import Experiment, quantize_model
-from aptq.preflight import check_stores_activations
+from aptq.preflight import check_stores_inputs
 from aptq.run import Run
 from aptq.settings import DataSettings, ModelSettings, RunSettings
 from aptq.targets import fuses, get_target
@@ -73,6 +73,7 @@ def build_experiment(config: DictConfig) -> Experiment:
         **{kind: registry.build(group, plain[group]) for kind, group in _COMPONENTS.items()},
         exporters=_exporters(plain["exporter"]),
         activation=registry.build("activation", plain["activation"]) if plain.get("activation") else None,
+        transform=registry.build("transform", plain["transform"]) if plain.get("transform") else None,
         evaluator=registry.build("evaluator", plain["evaluator"]) if plain.get("evaluator") else None,
         target=target,
         decode_times=_decode_times(plain["decode_times"], backend["name"]),
@@ -181,8 +182,7 @@ def export(config: DictConfig | Sequence[str]) -> Path:
     job = job_of(run)
     exporter = registry.build("exporter", plain["exporter"])
     options = sorted(set(job.plan.values()))
-    if job.activation_config is not None:
-        check_stores_activations(exporter, plain["exporter"]["name"])
+    check_stores_inputs(exporter, plain["exporter"]["name"], job.activation_config, job.transform_config)
     exporter.check(job.format, job.format_config["name"], options, shapes=job.shapes, config=job.config)
     with new_folder(output, "the exported model") as draft:
         exporter.export(job, draft)

@@ -103,6 +103,7 @@ def job_of(run: Run) -> ExportJob:
         tokenizer=AutoTokenizer.from_pretrained(folder),
         provenance=quantization.get("provenance", {}),
         activation_config=quantization.get("activation"),
+        transform_config=quantization.get("transform"),
     )
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from aptq import registry
-from aptq.api import ActivationQuantizer, AptqError, Format, Option, format_of
+from aptq.api import ActivationQuantizer, AptqError, Format, Option, Transform, format_of
 from aptq.backends.select import installed_backends
 from aptq.hf_config import METHOD, AptqConfig
 from aptq.layer import PackedLinear
@@ -65,9 +65,10 @@ class AptqHfQuantizer(HfQuantizer):
         config = self.quantization_config
         format = registry.build("format", config.format)
         activation = None if config.activation is None else registry.build("activation", config.activation)
+        transform = None if config.transform is None else registry.build("transform", config.transform)
         options = _resolve(model, config.options())
         for name, option in options.items():
-            _swap(model, name, option, format_of(format, option), dtype, activation)
+            _swap(model, name, option, format_of(format, option), dtype, activation, transform)
             self._packed.update(f"{name}.{tensor}" for tensor in _packed_linear(model, name).packed_names)
         _untie(model, options)
         _check_files(checkpoint_files or (), self._packed, model.base_model_prefix)
@@ -150,6 +151,7 @@ def _swap(
     format: Format,
     dtype: torch.dtype | None,
     activation: ActivationQuantizer | None,
+    transform: Transform | None,
 ) -> None:
     """Replace one layer by a packed one without memory."""
     from transformers.pytorch_utils import Conv1D  # circular at the top
@@ -173,6 +175,7 @@ def _swap(
             option=option,
             dtype=dtype,
             activation=activation,
+            transform=transform,
         )
     model.set_submodule(name, packed)
     parent = model.get_submodule(name.rpartition(".")[0])

@@ -26,6 +26,7 @@ class AptqConfig(QuantizationConfigMixin):
         version: of the checkpoint's layout.
         provenance: how the checkpoint was made; free-form, JSON.
         activation: name and options of what quantizes the packed layers' inputs; none by default.
+        transform: name and options of the basis that the layers are stored in; the model's own by default.
         backend: what multiplies the packed layers, a name or a mapping with name and options; never stored.
 
     Raises:
@@ -42,6 +43,7 @@ class AptqConfig(QuantizationConfigMixin):
         version: int = _VERSION,
         provenance: Mapping[str, Any] | None = None,
         activation: Mapping[str, Any] | None = None,
+        transform: Mapping[str, Any] | None = None,
         backend: str | Mapping[str, Any] = "auto",
         quant_method: str = METHOD,
         **unknown: Any,
@@ -54,7 +56,9 @@ class AptqConfig(QuantizationConfigMixin):
             )
         if unknown:
             raise AptqError(f"quantization_config has keys that aptq does not know: {', '.join(sorted(unknown))}.")
-        for key, section in {"format": format, **({} if activation is None else {"activation": activation})}.items():
+        for key, section in {"format": format, "activation": activation, "transform": transform}.items():
+            if section is None and key != "format":
+                continue
             if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
                 raise AptqError(f"quantization_config.{key} must be a mapping with a name; got {section!r}.")
         self.quant_method = quant_method
@@ -63,6 +67,7 @@ class AptqConfig(QuantizationConfigMixin):
         self.layers = {name: dict(option) for name, option in layers.items()}
         self.provenance = dict(provenance or {})
         self.activation = None if activation is None else dict(activation)
+        self.transform = None if transform is None else dict(transform)
         self.backend = backend
         self.options()
 
@@ -86,6 +91,7 @@ class AptqConfig(QuantizationConfigMixin):
         format_config: Mapping[str, Any],
         provenance: Mapping[str, Any],
         activation_config: Mapping[str, Any] | None = None,
+        transform_config: Mapping[str, Any] | None = None,
     ) -> AptqConfig:
         """Make the entry for a finished quantization."""
         only = ("", format_config["name"])
@@ -94,9 +100,11 @@ class AptqConfig(QuantizationConfigMixin):
             | ({} if option.format in only else {"format": option.format})
             for name, option in plan.items()
         }
-        return cls(format_config, layers, provenance=provenance, activation=activation_config)
+        return cls(
+            format_config, layers, provenance=provenance, activation=activation_config, transform=transform_config
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``config.json`` stores."""
-        left_out = {"backend", *(() if self.activation else ("activation",))}
+        left_out = {"backend", *(name for name in ("activation", "transform") if getattr(self, name) is None)}
         return copy.deepcopy({name: value for name, value in vars(self).items() if name not in left_out})

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aptq.api import ActivationQuantizer, AptqError, Backend, Format, LayerSpec, Option
+from aptq.api import ActivationQuantizer, AptqError, Backend, Format, LayerSpec, Option, Transform
 from aptq.backends.select import Choice, choose_backend
 
 _PREPACKED = "prepacked_"
 
 
 class PackedLinear(nn.Module):
-    """``y = x W^T + b`` with ``W [out, in]`` stored as the packed tensors of a format.
+    """``y = x W^T + b`` with ``W [out, in]``, or ``W T`` of a transform, stored as the packed tensors of a format.
 
     The packed tensors are buffers under the names that ``format.packed_layout`` gives, so that the state dict of a
     loaded model is the checkpoint again. What a backend makes of them at load is kept beside them, out of the state
@@ -33,6 +33,7 @@ class PackedLinear(nn.Module):
         option: bits and group size of this layer.
         dtype: of the activations; default: torch's default dtype.
         activation: what quantizes the inputs; default: nothing.
+        transform: the basis that the weight is stored in, and inputs are quantized in; default: the model's own.
 
     Raises:
         AptqError: when the format cannot store a layer of this shape at this option, or inputs of this width cannot be
@@ -50,6 +51,7 @@ class PackedLinear(nn.Module):
         option: Option,
         dtype: torch.dtype | None = None,
         activation: ActivationQuantizer | None = None,
+        transform: Transform | None = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -59,9 +61,12 @@ class PackedLinear(nn.Module):
         self.option = option
         self.dtype = dtype or torch.get_default_dtype()
         self.activation = activation
+        self.transform = transform
         format.check(option, (out_features, in_features))
         if activation is not None:
             activation.check(in_features)
+        if transform is not None:
+            transform.check(in_features)
         layout = format.packed_layout(option, (out_features, in_features))
         for name, (shape, stored) in layout.items():
             self.register_buffer(name, torch.zeros(shape, dtype=stored))
@@ -77,10 +82,14 @@ class PackedLinear(nn.Module):
         """Return the tensors of the checkpoint by name."""
         return {name: self.get_buffer(name) for name in self.packed_names}
 
-    def dense(self) -> Tensor:
-        """Return the weight ``[out, in]`` in float32 that the packed tensors stand for."""
+    def stored(self) -> Tensor:
+        """Return the weight ``[out, in]`` in float32 that the packed tensors stand for, in the transform's basis."""
         shape = (self.out_features, self.in_features)
         return self.format.dequantize(self.format.unpack(self.packed(), self.option, shape), self.option)
+
+    def dense(self) -> Tensor:
+        """Return ``W [out, in]`` in float32: what is stored, in the model's own basis."""
+        return self.stored() if self.transform is None else self.transform.invert(self.stored())
 
     def select_backend(
         self, backend: str | Mapping[str, Any] = "auto", installed: Mapping[str, Backend] | None = None
@@ -118,6 +127,8 @@ class PackedLinear(nn.Module):
             )
         buffers = self._buffers  # get_buffer() takes as long as a small product
         tensors = {name: buffers[attribute] for name, attribute in self._reads.items()}
+        if self.transform is not None:
+            x = self.transform.apply(x)
         y = self.choice.backend.matmul(x, tensors, self._spec)  # type: ignore[arg-type]  # each is a tensor
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -127,7 +138,8 @@ class PackedLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.option.bits}, group_size={self.option.group_size}, format={self.format_name}, "
-            f"{'' if self.activation is None else f'activation={self.activation}, '}backend={backend}"
+            f"{'' if self.activation is None else f'activation={self.activation}, '}"
+            f"{'' if self.transform is None else f'transform={self.transform}, '}backend={backend}"
         )
 
     def _make_spec(self) -> LayerSpec:
@@ -172,8 +184,8 @@ def dense_weights(model: nn.Module) -> Iterator[None]:
     """
     layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
     for layer in layers:
-        weight = layer.dense().to(layer.dtype)
-        layer.forward = partial(_multiply, weight=weight, bias=layer.bias, activation=layer.activation)  # type: ignore[method-assign]
+        # In the basis of storage: where inputs are quantized they are quantized there, and results are the backend's.
+        layer.forward = partial(_multiply, layer, layer.stored().to(layer.dtype))  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -181,5 +193,6 @@ def dense_weights(model: nn.Module) -> Iterator[None]:
             del layer.forward  # the class's own method shows again
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, activation: ActivationQuantizer | None) -> Tensor:
-    return functional.linear(x if activation is None else activation.quantize(x), weight, bias)
+def _multiply(layer: PackedLinear, weight: Tensor, x: Tensor) -> Tensor:
+    x = x if layer.transform is None else layer.transform.apply(x)
+    return functional.linear(x if layer.activation is None else layer.activation.quantize(x), weight, layer.bias)

@@ -47,11 +47,15 @@ class Measurement:
         metric, prefix = experiment.metric, experiment.measure_option
         self._judges = bool(experiment.audit) or isinstance(experiment.allocator, MeasuringAllocator)
         errors = tuple(options) if metric.needs_errors or self._judges else ()
-        rounded = [experiment.config["quantizer"], experiment.config["format"], errors, prefix]
+        rounded = [*(experiment.config.get(key) for key in ("quantizer", "format", "transform")), errors, prefix]
         self._parts = {**measured(experiment, walk), "rounding": rounded if errors or prefix else None}
         self._held = ExitStack()
         self._rounding = Rounding(
-            quantizer=experiment.quantizer, format=experiment.format, errors=errors, prefix=prefix
+            quantizer=experiment.quantizer,
+            format=experiment.format,
+            errors=errors,
+            prefix=prefix,
+            transform=experiment.transform,
         )
         self._roundings = Roundings(experiment.cache_dir / "roundings" / content_key(self._parts), experiment.fabric)
 
@@ -112,7 +116,7 @@ class Measurement:
                 walk,
                 metric,
                 statistics,
-                format=self._experiment.format,
+                coding=self._rounding.coding,
                 roundings=self._roundings,
                 cache=cache,
                 callbacks=callbacks,
@@ -165,7 +169,7 @@ class Measurement:
         return PlanMeter(
             self._walk.beginning(samples),
             self._roundings,
-            self._experiment.format,
+            self._rounding.coding,
             path=self._experiment.cache_dir / "plans" / f"{content_key(parts)}.json",
             last_tokens=last_tokens,
             on_block=on_block,

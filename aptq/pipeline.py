@@ -23,6 +23,7 @@ from aptq.api import (
     Option,
     Quantizer,
     SensitivityMetric,
+    Transform,
 )
 from aptq.calibration.guidance import STAGE as GRADIENTS
 from aptq.calibration.guidance import measure_guidance
@@ -74,6 +75,7 @@ class Experiment:
     callbacks: Callbacks
     config: Mapping[str, Any]  # the resolved config, as it is recorded
     activation: ActivationQuantizer | None = None  # what quantizes the layers' inputs
+    transform: Transform | None = None  # the basis that weights are rounded in, and inputs quantized
     plan_path: Path | None = None
     audit: int = 0  # plans to hold the metric's predictions against
     measure_bits: int | None = None  # of the blocks that pass 1 leaves behind it; None: full precision
@@ -213,6 +215,7 @@ def _quantize(experiment: Experiment, walk: Walk, run: Run, stages: Stages, plan
         true_sequential=experiment.true_sequential,
         prefix=experiment.prefix,
         activation=experiment.activation,
+        transform=experiment.transform,
     )
     with stages(QUANTIZE, blocks, "block"):
         reports = quantize(walk, recipe, run, experiment.callbacks)
@@ -240,6 +243,7 @@ def _export(experiment: Experiment, walk: Walk, run: Run, recipe: Recipe) -> Non
         tokenizer=walk.source.tokenizer,
         provenance={"versions": versions(), "model": experiment.model.path, "seed": experiment.data.seed},
         activation_config=experiment.config.get("activation") or None,
+        transform_config=experiment.config.get("transform") or None,
     )
     (_, native), *others = experiment.exporters.items()
     for name, exporter in others:  # first, so that a run with its model has all

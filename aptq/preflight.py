@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aptq import registry
 from aptq.api import (
@@ -18,6 +18,7 @@ from aptq.api import (
     LossMetric,
     Option,
     TimedAllocator,
+    TransformExporter,
 )
 from aptq.calibration.quantize import PREFIXES
 from aptq.calibration.rounding import needs_drift
@@ -51,6 +52,9 @@ def check_model(
     if experiment.activation is not None:
         for width in {in_features for _, in_features in shapes.values()}:
             experiment.activation.check(width)
+    if experiment.transform is not None:
+        for width in {in_features for _, in_features in shapes.values()}:
+            experiment.transform.check(width)
     experiment.target.check(options, shapes)
     for exporter in experiment.exporters.values():
         exporter.check(experiment.format, experiment.format_name, options, shapes=shapes, config=source.config)
@@ -75,6 +79,8 @@ def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
         _check_drift(experiment)
     if experiment.activation is not None:
         _check_activations(experiment)
+    for name, exporter in experiment.exporters.items():
+        check_stores_inputs(exporter, name, experiment.config.get("activation"), experiment.config.get("transform"))
     predicts = experiment.plan_path is None and experiment.allocator.needs_costs
     if (
         predicts
@@ -157,8 +163,6 @@ def _check_activations(experiment: Experiment) -> None:
         raise AptqError(
             f"{_asked_for_drift(experiment)}, and with {asked} both would be quantized; use another quantizer."
         )
-    for name, exporter in experiment.exporters.items():
-        check_stores_activations(exporter, name)
     name = experiment.backend["name"]
     if name != "auto":
         backend = registry.build("backend", experiment.backend)
@@ -166,12 +170,19 @@ def _check_activations(experiment: Experiment) -> None:
             raise AptqError(f"backend={name} cannot quantize a layer's inputs, as {asked} asks; use backend=auto.")
 
 
-def check_stores_activations(exporter: Exporter, name: str) -> None:
-    """Raise ``AptqError`` when an exporter cannot say that inputs are quantized: its readers would not do it."""
-    if not (isinstance(exporter, ActivationExporter) and exporter.stores_activations):
+def check_stores_inputs(
+    exporter: Exporter, name: str, activation: Mapping[str, Any] | None, transform: Mapping[str, Any] | None
+) -> None:
+    """Raise ``AptqError`` when an exporter cannot say what becomes of a layer's inputs: its readers would not do it."""
+    if activation and not (isinstance(exporter, ActivationExporter) and exporter.stores_activations):
         raise AptqError(
             f"exporter={name} cannot store how a layer's inputs are quantized, so its readers would not quantize them; "
             "use exporter=native, or activation=none."
+        )
+    if transform and not (isinstance(exporter, TransformExporter) and exporter.stores_transforms):
+        raise AptqError(
+            f"exporter={name} cannot store that a layer's inputs are transformed (transform={transform['name']}), so "
+            "its readers would multiply them as they are; use exporter=native, or transform=none."
         )
 
 

@@ -26,6 +26,7 @@ CONTRACTS: Mapping[str, type] = {
     "format": api.Format,
     "quantizer": api.Quantizer,
     "activation": api.ActivationQuantizer,
+    "transform": api.Transform,
     "backend": api.Backend,
     "exporter": api.Exporter,
     "evaluator": api.Evaluator,

@@ -19,7 +19,7 @@ from aptq.packing import unpack
 
 Folder = Callable[..., Path]
 MIXED = ["format.formats.integer", "format.formats.asymmetric_float"]
-GROUPED = {"format=mixed": MIXED, "format=scaled": ["format.inner"]}
+GROUPED = {"format=mixed": MIXED, "format=scaled": ["format.inner"], "format=outliers": ["format.inner"]}
 """Where formats that are made of others have their group sizes."""
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog, being lazy, lets it. "
 
@@ -204,6 +204,16 @@ def test_another_config_does_not_take_up_a_run(overrides: Callable[..., list[str
             ["activation=int8", "exporter=compressed_tensors", "format.symmetric=true", "format.scale_dtype=float32"],
             "exporter=compressed_tensors cannot store how a layer's inputs are quantized.*exporter=native",
         ),
+        (["transform=hadamar"], "hadamard"),
+        (
+            [
+                "transform=hadamard",
+                "exporter=compressed_tensors",
+                "format.symmetric=true",
+                "format.scale_dtype=float32",
+            ],
+            "exporter=compressed_tensors cannot store that a layer's inputs are transformed.*exporter=native",
+        ),
         (["format=block_clustered", "format.block_size=12"], "no whole number of blocks"),
     ],
 )
@@ -294,9 +304,45 @@ def test_weights_and_activations_in_four_bits(overrides: Callable[..., list[str]
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False).shape == (1, 5)
 
 
-def test_without_quantized_inputs_the_checkpoint_says_nothing_of_them(overrides: Callable[..., list[str]]) -> None:
+@pytest.mark.parametrize("format", ["integer", "vector format.iterations=2 format.refits=0 format.beam=2", "outliers"])
+def test_weights_in_another_basis(format: str, overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Scores, plan, pass 2, the check of what was written, a reload, quantized inputs beside, and another export."""
+    from aptq.experiment import evaluate, export
+
+    words = ["transform=hadamard", "allocator=knapsack", "allocator.bits=[3,4]", "allocator.budget=3.5", "audit=2"]
+    run = aptq.quantize(overrides(*words, "metric=output", *f"format={format}".split()))
+    metrics = run.metrics()
+    assert metrics["perplexity"]["fox"] == pytest.approx(metrics["baseline_perplexity"]["fox"], rel=0.25)
+    assert 0.2 < metrics["audit"]["slope"] < 5
+    stored = json.loads((run.folder / "model" / "config.json").read_text())["quantization_config"]
+    assert stored["transform"] == {"name": "hadamard", "seed": 0}
+    data = [each for each in overrides() if each.startswith(("data", "evaluator", "fabric", "callback"))]
+    found = evaluate([f"model.path={run.folder / 'model'}", *data])
+    assert found["perplexity"]["fox"] == pytest.approx(metrics["perplexity"]["fox"], rel=1e-6)
+    export([f"run={run.folder}", f"output={tmp_path / 'again'}"])
+    again = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert again["transform"] == stored["transform"]
+    with pytest.raises(AptqError, match="exporter=compressed_tensors cannot store that"):
+        export([f"run={run.folder}", f"output={tmp_path / 'other'}", "exporter=compressed_tensors"])
+
+
+def test_inputs_quantized_in_another_basis(overrides: Callable[..., list[str]]) -> None:
+    words = ["transform=hadamard", "activation=int8", "allocator=uniform", "allocator.bits=4"]
+    metrics = aptq.quantize(overrides(*words)).metrics()
+    assert metrics["perplexity"]["fox"] == pytest.approx(metrics["baseline_perplexity"]["fox"], rel=0.25)
+
+
+def test_a_checkpoint_says_nothing_of_inputs_that_are_left_alone(overrides: Callable[..., list[str]]) -> None:
     run = aptq.quantize(overrides("evaluator=none"))
-    assert "activation" not in json.loads((run.folder / "model" / "config.json").read_text())["quantization_config"]
+    stored = json.loads((run.folder / "model" / "config.json").read_text())["quantization_config"]
+    assert not {"activation", "transform"} & stored.keys()
+
+
+def test_another_transform_is_measured_anew(overrides: Callable[..., list[str]]) -> None:
+    words = ["evaluator=none", "metric=error", "allocator=knapsack", "allocator.bits=[2,3,4]"]
+    plain = aptq.quantize(overrides(*words, folder="first"))
+    turned = aptq.quantize(overrides(*words, "transform=hadamard", folder="second"))
+    assert plain.sensitivity() != turned.sensitivity()
 
 
 def test_a_budget_sweep_measures_once(overrides: Callable[..., list[str]]) -> None:

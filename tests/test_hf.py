@@ -27,6 +27,7 @@ from aptq.formats.integer import Integer
 from aptq.layer import PackedLinear
 from aptq.models.experts import unfuse_experts
 from aptq.quantizers.nearest import Nearest
+from aptq.transforms.hadamard import Hadamard
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = (Option(4, 64), Option(3, 32), Option(2, -1))
@@ -276,6 +277,19 @@ def test_what_quantizes_inputs_is_part_of_the_checkpoint(exported: Callable[...,
     torch.testing.assert_close(logits(aptq.hf.load(tmp_path / "again")), logits(model))
 
 
+def test_the_basis_of_storage_is_part_of_the_checkpoint(exported: Callable[..., Exported], tmp_path: Path) -> None:
+    entry = {"name": "hadamard", "seed": 3}
+    model = aptq.hf.load(changed(exported().folder, tmp_path / "changed", transform=entry))
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert all(layer.transform == Hadamard(seed=3) for layer in layers)
+    assert not torch.allclose(logits(model), exported().logits, atol=1e-2)
+    model.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert again["transform"] == entry
+    assert "activation" not in again
+    torch.testing.assert_close(logits(aptq.hf.load(tmp_path / "again")), logits(model))
+
+
 # ---------------------------------------------------------------------------------------------------- errors
 
 
@@ -295,6 +309,8 @@ def changed(source: Path, folder: Path, **changes: Any) -> Path:
         ({"format": {"name": "integer", "colour": 3}}, "colour"),
         ({"format": "integer"}, "mapping with a name"),
         ({"activation": "int8"}, "activation must be a mapping with a name"),
+        ({"transform": "hadamard"}, "transform must be a mapping with a name"),
+        ({"transform": {"name": "hadamard", "sed": 1}}, "sed"),
         ({"activation": {"name": "int9"}}, r"Unknown activation 'int9'.*block_scaled"),
         ({"version": 2}, "version 2; this aptq reads versions 1 to 1. Upgrade"),
         ({"novelty": 1}, "novelty"),

@@ -14,6 +14,7 @@ from aptq.backends.reference import Reference
 from aptq.formats.integer import Integer
 from aptq.layer import PackedLinear, dense_weights
 from aptq.quantizers.nearest import Nearest
+from aptq.transforms.hadamard import Hadamard
 
 FORMAT = Integer()
 
@@ -45,6 +46,7 @@ def make(
     bias: bool = True,
     backend: str = "reference",
     activation: BlockScaled | None = None,
+    transform: Hadamard | None = None,
 ) -> tuple[PackedLinear, Tensor]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator)
@@ -52,7 +54,14 @@ def make(
     factors = nearest.prepare(Curvature(column=torch.eye(shape[1])[None], tokens=1))
     quantized = nearest.quantize(weight, factors, FORMAT, option).weight
     layer = PackedLinear(
-        shape[1], shape[0], bias=bias, format=FORMAT, format_name="integer", option=option, activation=activation
+        shape[1],
+        shape[0],
+        bias=bias,
+        format=FORMAT,
+        format_name="integer",
+        option=option,
+        activation=activation,
+        transform=transform,
     )
     state = dict(FORMAT.pack(quantized, option))
     if bias:
@@ -180,6 +189,32 @@ def test_inputs_are_quantized_where_that_is_asked_for() -> None:
     assert x.grad is not None
     torch.testing.assert_close(x.grad, dense.sum(0).expand(2, 3, -1), rtol=1e-5, atol=1e-5)
     assert "activation=BlockScaled(bits=3" in repr(layer)
+
+
+@pytest.mark.parametrize("activation", [None, BlockScaled(bits=3, group_size=16)], ids=["plain", "quantized"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inputs_come_in_the_basis_that_the_weight_is_stored_in(
+    dtype: torch.dtype, activation: BlockScaled | None
+) -> None:
+    transform = Hadamard(seed=2)
+    layer, stored = make(Option(4, 64), activation=activation, transform=transform)
+    layer.to(dtype)
+    x = torch.randn(2, 3, 80).to(dtype)
+    turned = transform.apply(x)
+    given = turned if activation is None else activation.quantize(turned)
+    expected = nn.functional.linear(given, stored.to(dtype), layer.bias)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.1}
+    torch.testing.assert_close(layer(x), expected, **close)
+    with dense_weights(nn.Sequential(layer)):
+        torch.testing.assert_close(layer(x), expected, **close)
+    assert torch.equal(layer.stored(), stored)
+    torch.testing.assert_close(transform.apply(layer.dense()), stored)
+    assert "transform=Hadamard(seed=2)" in repr(layer)
+
+
+def test_a_width_that_cannot_be_transformed_is_refused() -> None:
+    with pytest.raises(AptqError, match="odd factor 4099"):
+        make(Option(4, 64), shape=(2, 4099), transform=Hadamard())
 
 
 def test_a_backend_that_knows_nothing_of_quantized_inputs_is_never_given_them() -> None:

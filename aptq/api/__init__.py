@@ -58,6 +58,7 @@ from aptq.api.results import (
     Exporter,
     ExportJob,
     LayerReport,
+    TransformExporter,
 )
 from aptq.api.rounding import (
     DriftQuantizer,
@@ -72,6 +73,9 @@ from aptq.api.rounding import (
     RoundableFormat,
     Rounded,
     format_of,
+)
+from aptq.api.transforms import (
+    Transform,
 )
 from aptq.errors import (
     AptqError,
@@ -125,5 +129,7 @@ __all__ = [
     "SensitivityMetric",
     "SequentialEstimator",
     "TimedAllocator",
+    "Transform",
+    "TransformExporter",
     "format_of",
 ]

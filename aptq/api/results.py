@@ -34,6 +34,7 @@ class ExportJob:
     tokenizer: PreTrainedTokenizerBase | None
     provenance: Mapping[str, Any]
     activation_config: Mapping[str, Any] | None = None  # of what quantizes the layers' inputs, as in the config
+    transform_config: Mapping[str, Any] | None = None  # of the basis that the layers are stored in, likewise
 
 
 @runtime_checkable
@@ -67,6 +68,18 @@ class ActivationExporter(Exporter, Protocol):
 
     @property
     def stores_activations(self) -> bool:
+        """Whether it does."""
+
+
+@runtime_checkable
+class TransformExporter(Exporter, Protocol):
+    """An exporter that may write down which basis layers are stored in, for the reader to change their inputs to it.
+
+    One that does not say so is not given such a model.
+    """
+
+    @property
+    def stores_transforms(self) -> bool:
         """Whether it does."""
 
 

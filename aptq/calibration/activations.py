@@ -8,15 +8,17 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from aptq.api import ActivationQuantizer, Layer
+from aptq.api import ActivationQuantizer, Layer, Transform
 
 
 @contextmanager
-def quantized_inputs(layers: Iterable[Layer], activation: ActivationQuantizer | None) -> Iterator[None]:
+def quantized_inputs(
+    layers: Iterable[Layer], activation: ActivationQuantizer | None, transform: Transform | None = None
+) -> Iterator[None]:
     """Have layers called with quantized inputs while the context lasts, as they will be in the written model.
 
     Hooks that are set inside see the quantized inputs. Layers that are called with one tensor get one tensor again, so
-    that it still shows that they share it.
+    that it still shows that they share it. With a transform they are quantized in its basis, and come in their own.
     """
     # By identity, and no longer than the input lives: forward passes may be interleaved (see ``lockstep``).
     known = WeakIdKeyDictionary()
@@ -26,7 +28,8 @@ def quantized_inputs(layers: Iterable[Layer], activation: ActivationQuantizer | 
         assert activation is not None
         x, *others = args
         if x not in known:
-            known[x] = activation.quantize(x)
+            rounded = activation.quantize(x if transform is None else transform.apply(x))
+            known[x] = rounded if transform is None else transform.invert(rounded)
         return (known[x], *others)
 
     with ExitStack() as stack:

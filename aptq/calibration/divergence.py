@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aptq.api import Block, Format, Option
-from aptq.calibration.rounding import set_from_packed
+from aptq.api import Block, Option
+from aptq.calibration.coding import Coding
 from aptq.calibration.roundings import Roundings
 from aptq.calibration.walk import Step, Walk
 
@@ -28,7 +28,7 @@ _Chosen = tuple[Option | None, ...]  # of a block's layers; None: as it was
 def measure_divergence(
     few: Walk,
     roundings: Roundings,
-    format: Format,
+    coding: Coding,
     plans: Sequence[Plan],
     *,
     last_tokens: int | None = None,
@@ -57,7 +57,7 @@ def measure_divergence(
         def tell(at: float, name: str, share: float = share, begun: float = begun) -> None:
             on_block(begun + at * share, name)
 
-        found += _side_by_side(few, roundings, format, plans[start : start + _AT_ONCE], last_tokens, tell)
+        found += _side_by_side(few, roundings, coding, plans[start : start + _AT_ONCE], last_tokens, tell)
     return found
 
 
@@ -72,7 +72,7 @@ class _Branch:
 def _side_by_side(
     few: Walk,
     roundings: Roundings,
-    format: Format,
+    coding: Coding,
     plans: Sequence[Plan],
     last_tokens: int | None,
     on_block: Callable[[float, str], None],
@@ -86,7 +86,7 @@ def _side_by_side(
             break
         if step.block.index == 0:
             branches[0].states = [batch.hidden for batch in step.inputs]
-        with _Weights(step.block, roundings, format, plans) as weights:
+        with _Weights(step.block, roundings, coding, plans) as weights:
             moved = []
             for branch in weights.along(_split(branches, step.block, plans)):
                 moved.append(_Branch(branch.plans, _run(few.step(step.block, branch.states))))
@@ -98,7 +98,7 @@ def _side_by_side(
         for batch in batches:
             _compare(few, batch, branches, totals, last_tokens)
     else:
-        with _Weights(head.block, roundings, format, plans) as weights:
+        with _Weights(head.block, roundings, coding, plans) as weights:
             for batch in batches:
                 _compare(few, batch, weights.along(_split(branches, head.block, plans)), totals, last_tokens)
     if few.fabric.world_size > 1:
@@ -129,8 +129,8 @@ def _split(branches: Sequence[_Branch], block: Block, plans: Sequence[Plan]) -> 
 class _Weights:
     """A block whose layers take one choice after the other, and are as they were in the end."""
 
-    def __init__(self, block: Block, roundings: Roundings, format: Format, plans: Sequence[Plan]) -> None:
-        self._block, self._format = block, format
+    def __init__(self, block: Block, roundings: Roundings, coding: Coding, plans: Sequence[Plan]) -> None:
+        self._block, self._coding = block, coding
         used = any(name in plan for plan in plans for name in block.layers)
         self._packed = roundings.load(block) if used else {}
         self._now: list[Option | None] = [None] * len(block.layers)
@@ -153,7 +153,7 @@ class _Weights:
             if option is None:
                 layer.set_weight(self._originals[name])
             else:
-                set_from_packed(layer, self._packed[name][option], self._format, option)
+                layer.set_weight(self._coding.restored(self._packed[name][option], option, layer.shape))
             self._now[at] = option
 
     def along(self, parts: Iterable[tuple[_Branch, _Chosen]]) -> Iterator[_Branch]:

@@ -19,7 +19,9 @@ from aptq.api import (
     LayerStatistics,
     Option,
     Quantizer,
+    Transform,
 )
+from aptq.calibration.coding import Coding
 from aptq.calibration.distribute import broadcast_tensors
 from aptq.calibration.observe import Observed, observe
 from aptq.calibration.rounding import Preparations, share_layer
@@ -43,6 +45,12 @@ class Rounding:
     format: Format
     errors: Sequence[Option] = ()
     prefix: Option | None = None
+    transform: Transform | None = None
+
+    @property
+    def coding(self) -> Coding:
+        """How layers are stored."""
+        return Coding(self.format, self.transform)
 
 
 def measure(
@@ -105,7 +113,7 @@ def _measure_block(
         for name, owner in observed.owners.items():
             if name in wanted:
                 tensors = packed.get(name, {}).get(rounding.prefix)
-                share_layer(step.block.layers[name], tensors, owner, rounding.format, rounding.prefix, walk.fabric)
+                share_layer(step.block.layers[name], tensors, owner, rounding.coding, rounding.prefix, walk.fabric)
         step.run()
     return _gather(rows, step.block, walk.fabric.world_size)
 
@@ -126,7 +134,7 @@ def measure_layers(
         their statistics; the layers' owners and curvatures; and the packed tensors of each, for the options to
         ``keep``, which are rounded even if no error is asked for.
     """
-    observed = observe(step, estimator, walk, need_outputs=need_outputs)
+    observed = observe(step, estimator, walk, rounding.coding, need_outputs=need_outputs)
     prepared = Preparations(rounding.quantizer)
     rows: list[LayerStatistics] = []
     packed: dict[str, dict[Option, dict[str, Tensor]]] = {}
@@ -147,7 +155,7 @@ def _measure_layer(
     packed: dict[Option, dict[str, Tensor]] = {}
     format = rounding.format
     for option in dict.fromkeys([*rounding.errors, *keep]):
-        weight = layer.weight().float()
+        weight = rounding.coding.weight(layer)
         rounded = rounding.quantizer.quantize(weight, prepared.of(curvature)[0], format, option).weight
         if option in rounding.errors:
             difference = weight - format.dequantize(rounded, option)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from aptq.api import Format, Option
+from aptq.api import Option
+from aptq.calibration.coding import Coding
 from aptq.calibration.divergence import measure_divergence
 from aptq.calibration.roundings import Roundings
 from aptq.calibration.statistics import content_key
@@ -27,7 +28,7 @@ class PlanMeter:
         self,
         few: Walk,
         roundings: Roundings,
-        format: Format,
+        coding: Coding,
         *,
         path: Path,
         last_tokens: int | None = None,
@@ -42,7 +43,7 @@ class PlanMeter:
             last_tokens: how many predictions of each sample are compared; all by default.
             on_block: told how many calls are done, with the share of the present one, and the block's name.
         """
-        self._few, self._roundings, self._format = few, roundings, format
+        self._few, self._roundings, self._coding = few, roundings, coding
         self._path, self._last_tokens, self._on_block = path, last_tokens, on_block
         self._calls = 0
         self.seconds = 0.0
@@ -59,7 +60,7 @@ class PlanMeter:
             figures = measure_divergence(
                 self._few,
                 self._roundings,
-                self._format,
+                self._coding,
                 list(new.values()),
                 last_tokens=self._last_tokens,
                 on_block=lambda share, name: self._on_block(self._calls + share, name),

@@ -25,10 +25,12 @@ from aptq.api import (
     Option,
     Quantizer,
     SequentialEstimator,
+    Transform,
 )
 from aptq.calibration.activations import quantized_inputs
+from aptq.calibration.coding import Coding
 from aptq.calibration.observe import Observed, observe, observe_head, observe_in_turn
-from aptq.calibration.rounding import Preparations, needs_drift, round_layer, set_from_packed, share_layer
+from aptq.calibration.rounding import Preparations, needs_drift, round_layer, share_layer
 from aptq.calibration.walk import Step, Walk
 from aptq.models.structure import has_experts
 
@@ -57,6 +59,7 @@ class Recipe:
     ``prefix`` says what stands before a block while it is calibrated: the blocks as they were rounded, or as they were
     ("full_precision", a stale prefix). In the second case its own layers are calibrated before any is rounded, too.
     ``activation`` quantizes what the layers are called with, wherever they are calibrated behind rounded blocks.
+    ``transform`` is the basis that weights are rounded in, and inputs quantized.
     """
 
     estimator: HessianEstimator
@@ -67,6 +70,12 @@ class Recipe:
     true_sequential: bool = True  # round each layer before the next one of its block is calibrated, where that can be
     prefix: str = "quantized"  # one of PREFIXES
     activation: ActivationQuantizer | None = None
+    transform: Transform | None = None
+
+    @property
+    def coding(self) -> Coding:
+        """How layers are stored."""
+        return Coding(self.format, self.transform)
 
 
 def quantize(walk: Walk, recipe: Recipe, store: BlockStore, callbacks: Callback) -> list[LayerReport]:
@@ -112,14 +121,14 @@ def stored_logits(walk: Walk, recipe: Recipe, store: BlockStore) -> Tensor:
 
 def _inputs(block: Block, recipe: Recipe) -> AbstractContextManager[None]:
     """Have the planned layers of a block called with quantized inputs, if they are to be."""
-    return quantized_inputs((layer for _, _, layer in _planned(block, recipe)), recipe.activation)
+    return quantized_inputs((layer for _, _, layer in _planned(block, recipe)), recipe.activation, recipe.transform)
 
 
 def _restore(block: Block, recipe: Recipe, tensors: Mapping[str, Tensor], device: torch.device) -> None:
     """Put the dequantized weights of stored packed tensors into a block."""
     for name, option, layer in _planned(block, recipe):
         packed = {key: tensors[f"{name}.{key}"].to(device) for key in recipe.format.packed_layout(option, layer.shape)}
-        set_from_packed(layer, packed, recipe.format, option)
+        layer.set_weight(recipe.coding.restored(packed, option, layer.shape))
 
 
 def _planned(block: Block, recipe: Recipe) -> list[tuple[str, Option, Layer]]:
@@ -148,7 +157,7 @@ def _quantize_block(
         for name, owner in observed.owners.items():
             if name in planned:
                 layer = block.layers[name]
-                tensors = share_layer(layer, packed.pop(name, None), owner, recipe.format, planned[name], walk.fabric)
+                tensors = share_layer(layer, packed.pop(name, None), owner, recipe.coding, planned[name], walk.fabric)
                 stored.update((f"{name}.{key}", tensor.cpu()) for key, tensor in tensors.items())
                 reports[name] = walk.fabric.broadcast(rows.get(name), src=owner)  # type: ignore[assignment]
                 callbacks.on_layer_end(stage=STAGE, report=reports[name])
@@ -161,13 +170,13 @@ def _quantize_block(
 def _observed(step: Step, recipe: Recipe, walk: Walk, layers: Collection[str]) -> Iterable[Observed]:
     """Give the layers' curvatures: one layer after the other as they are rounded, or all at once."""
     if recipe.prefix == "full_precision":  # all before any is rounded, and so are the block's outputs
-        return [observe(step, recipe.estimator, walk, need_outputs=not step.last)]
+        return [observe(step, recipe.estimator, walk, recipe.coding, need_outputs=not step.last)]
     if step.full_precision is not None and step.last and isinstance(recipe.estimator, DriftEstimator):
-        return observe_head(step, recipe.estimator, walk)
+        return observe_head(step, recipe.estimator, walk, recipe.coding)
     one_path = not step.last and not has_experts(step.block.module)
     if recipe.true_sequential and one_path and isinstance(recipe.estimator, SequentialEstimator):
-        return observe_in_turn(step, recipe.estimator, walk, layers)
-    return [observe(step, recipe.estimator, walk, need_outputs=False)]
+        return observe_in_turn(step, recipe.estimator, walk, recipe.coding, layers)
+    return [observe(step, recipe.estimator, walk, recipe.coding, need_outputs=False)]
 
 
 def _quantize_layer(
@@ -178,7 +187,7 @@ def _quantize_layer(
     factors, new = prepared.of(curvature)
     for event in factors.events if new else ():
         _log.warning("%s: %s", layer.name, event)
-    outcome = round_layer(layer.weight().float(), curvature, recipe.quantizer, factors, recipe.format, option)
+    outcome = round_layer(recipe.coding.weight(layer), curvature, recipe.quantizer, factors, recipe.format, option)
     out_features, in_features = layer.shape
     packed = recipe.format.pack(outcome.weight, option)
     report = LayerReport(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from aptq.api import Curvature, DriftQuantizer, Factors, Format, Layer, Option, QuantizedWeight, Quantizer
+from aptq.calibration.coding import Coding
 from aptq.calibration.distribute import broadcast_tensors
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Outcome:
 def round_layer(
     weight: Tensor, curvature: Curvature, quantizer: Quantizer, factors: Factors, format: Format, option: Option
 ) -> Outcome:
-    """Quantize ``weight [out, in]`` (float32) and measure it under the curvature.
+    """Quantize ``weight [out, in]`` (float32) and measure it under the curvature, both in the basis of storage.
 
     ``error_nearest`` is that of nearest rounding on the same grid: what it is beyond ``error`` is the quantizer's gain.
     """
@@ -74,14 +75,9 @@ def round_layer(
 
 
 def share_layer(
-    layer: Layer, packed: Mapping[str, Tensor] | None, owner: int, format: Format, option: Option, fabric: Fabric
+    layer: Layer, packed: Mapping[str, Tensor] | None, owner: int, coding: Coding, option: Option, fabric: Fabric
 ) -> dict[str, Tensor]:
     """Put a layer's packed tensors, which its owner rank has, in place of its weight on all ranks; return them."""
-    tensors = broadcast_tensors(packed, format.packed_layout(option, layer.shape), owner, fabric)
-    set_from_packed(layer, tensors, format, option)
+    tensors = broadcast_tensors(packed, coding.format.packed_layout(option, layer.shape), owner, fabric)
+    layer.set_weight(coding.restored(tensors, option, layer.shape))
     return tensors
-
-
-def set_from_packed(layer: Layer, packed: Mapping[str, Tensor], format: Format, option: Option) -> None:
-    """Give a layer the weight that packed tensors stand for."""
-    layer.set_weight(format.dequantize(format.unpack(packed, option, layer.shape), option))

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aptq.api import Block, Callback, Format, LayerStatistics, LossChange, LossMetric, Option
+from aptq.api import Block, Callback, LayerStatistics, LossChange, LossMetric, Option
 from aptq.calibration.backward import LOSSES, BackwardPass, Seen
+from aptq.calibration.coding import Coding
 from aptq.calibration.roundings import Roundings
 from aptq.calibration.statistics import StatisticsCache
 from aptq.calibration.walk import Walk
@@ -25,7 +26,7 @@ def score(
     metric: LossMetric,
     statistics: Mapping[str, LayerStatistics],
     *,
-    format: Format,
+    coding: Coding,
     roundings: Roundings,
     cache: StatisticsCache,
     callbacks: Callback,
@@ -39,10 +40,10 @@ def score(
     Args:
         walk: over all calibration samples.
         statistics: of every layer, as ``measure`` gave them.
-        format: of the ``roundings`` that ``measure`` left, which are not needed any more afterwards.
+        coding: of the ``roundings`` that ``measure`` left, which are not needed any more afterwards.
     """
     few = walk.beginning(metric.samples)
-    tap = _Scores(few, metric, statistics, format, roundings, cache)
+    tap = _Scores(few, metric, statistics, coding, roundings, cache)
     folder: Path = cache.folder / cache.key
     passing = BackwardPass(walk=few, tap=tap, folder=folder, callbacks=callbacks, stage=stage)
     reached = passing.reached()
@@ -59,7 +60,7 @@ class _Scores:
     walk: Walk
     metric: LossMetric
     statistics: Mapping[str, LayerStatistics]
-    format: Format
+    coding: Coding
     roundings: Roundings
     cache: StatisticsCache
     _block: Block | None = None
@@ -104,8 +105,7 @@ class _Scores:
     def _difference(self, name: str, option: Option) -> Tensor:
         assert self._block is not None
         layer = self._block.layers[name]
-        quantized = self.format.unpack(self._packed[name][option], option, layer.shape)
-        return layer.weight().float() - self.format.dequantize(quantized, option)
+        return layer.weight().float() - self.coding.restored(self._packed[name][option], option, layer.shape)
 
     def finish(self) -> None:
         assert self._block is not None

@@ -29,6 +29,11 @@ class Native(FolderExporter):
         """Yes: the packed layers of a loaded model quantize their inputs."""
         return True
 
+    @property
+    def stores_transforms(self) -> bool:
+        """Yes: the packed layers of a loaded model change the basis of their inputs."""
+        return True
+
     def check(
         self,
         format: Format,
@@ -55,7 +60,9 @@ class Native(FolderExporter):
         Raises:
             AptqError: when the disk is too small, before or while writing.
         """
-        quantization = AptqConfig.from_plan(job.plan, job.format_config, job.provenance, job.activation_config)
+        quantization = AptqConfig.from_plan(
+            job.plan, job.format_config, job.provenance, job.activation_config, job.transform_config
+        )
         infos = (TensorInfo.of(name, tensor) for name, tensor in _tensors(job))
         write_folder(job, folder, infos, _tensors(job), quantization, self.max_shard_size)
 

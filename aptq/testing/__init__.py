@@ -18,6 +18,7 @@ from aptq.testing.activations import check_activation
 from aptq.testing.allocation import check_allocator, check_metric
 from aptq.testing.formats import check_format
 from aptq.testing.models import check_evaluator, check_hessian
+from aptq.testing.transforms import check_transform
 from aptq.testing.weights import check_backend, check_quantizer
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "check_hessian",
     "check_metric",
     "check_quantizer",
+    "check_transform",
 ]

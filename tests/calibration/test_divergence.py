@@ -9,6 +9,7 @@ from lightning.fabric import Fabric
 
 from aptq.api import Callback, Option
 from aptq.calibration import divergence
+from aptq.calibration.coding import Coding
 from aptq.calibration.divergence import measure_divergence
 from aptq.calibration.measure import Rounding, measure
 from aptq.calibration.plans import PlanMeter
@@ -48,7 +49,7 @@ def _measure(
     walk: Walk, folder: Path, plans: list[dict[str, Option]], samples: int, last_tokens: int | None = None
 ) -> list[float]:
     few, roundings = walk.beginning(samples), _roundings(walk, folder)
-    return measure_divergence(few, roundings, Integer(), plans, last_tokens=last_tokens)
+    return measure_divergence(few, roundings, Coding(Integer()), plans, last_tokens=last_tokens)
 
 
 def _reference(walk: Walk, plan: dict[str, Option], samples: int, last_tokens: int | None = None) -> float:
@@ -117,7 +118,7 @@ def test_predictions_that_are_not_finite_are_infinitely_far(
     packed = roundings.load(first)
     packed[name][TWO]["scales"].fill_(float("nan"))
     roundings.save(first, packed)
-    found = measure_divergence(walk.beginning(2), roundings, Integer(), [{name: TWO}, {name: FOUR}])
+    found = measure_divergence(walk.beginning(2), roundings, Coding(Integer()), [{name: TWO}, {name: FOUR}])
     assert found[0] == float("inf") > found[1] > 0
 
 
@@ -141,7 +142,7 @@ def test_a_plan_is_measured_once_also_by_the_next_process(
     def meter() -> PlanMeter:
         path = tmp_path / "plans.json"
         return PlanMeter(
-            walk.beginning(2), roundings, Integer(), path=path, on_block=lambda done, name: told.append(done)
+            walk.beginning(2), roundings, Coding(Integer()), path=path, on_block=lambda done, name: told.append(done)
         )
 
     first = meter()

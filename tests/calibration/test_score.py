@@ -55,7 +55,7 @@ def _score(
         walk,
         metric,
         statistics,
-        format=ROUNDING.format,
+        coding=ROUNDING.coding,
         roundings=roundings,
         cache=cache,
         callbacks=callbacks or Callback(),

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aptq.api import ActivationQuantizer, AptqError, Grid, Layer, Option, QuantizedWeight, RoundableFormat, format_of
+from aptq.api import (
+    ActivationQuantizer,
+    AptqError,
+    Grid,
+    Layer,
+    Option,
+    QuantizedWeight,
+    RoundableFormat,
+    Transform,
+    format_of,
+)
 from aptq.models.experts import unfuse_experts
 from aptq.models.structure import LinearLayer, find_blocks, find_layers
 
@@ -26,7 +36,8 @@ class StudentLinear(nn.Module):
     The teacher multiplies with ``weight [out, in]`` as it was. The student multiplies with the trained weight ``master
     [out, in]`` (float32) rounded to the grid of the stored layer; gradients pass the rounding as if it were not there
     (straight-through). At first the student is the stored layer itself: a master is the original weight where that is
-    rounded to the stored value, else the stored value, which is what error feedback made of it.
+    rounded to the stored value, else the stored value, which is what error feedback made of it. With a transform,
+    masters are in the basis that the layer is stored in.
 
     Args:
         weight: ``[out, in]``, the original; it is kept, not copied.
@@ -35,6 +46,7 @@ class StudentLinear(nn.Module):
         format: what they mean.
         option: bits and group size.
         activation: what quantizes the student's inputs; default: nothing.
+        transform: the basis that the layer is stored in; default: the model's own.
     """
 
     weight: Tensor
@@ -48,9 +60,10 @@ class StudentLinear(nn.Module):
         format: RoundableFormat,
         option: Option,
         activation: ActivationQuantizer | None = None,
+        transform: Transform | None = None,
     ) -> None:
         super().__init__()
-        self.format, self.option, self.activation = format, option, activation
+        self.format, self.option, self.activation, self.transform = format, option, activation, transform
         self.teaches = False
         shape = (weight.shape[0], weight.shape[1])
         quantized = format.unpack(stored, option, shape)
@@ -61,7 +74,7 @@ class StudentLinear(nn.Module):
         self._names = tuple(quantized.parameters)
         self.bias = bias
         values = format.dequantize(quantized, option)
-        original = weight.detach().float()
+        original = weight.detach().float() if transform is None else transform.apply(weight.detach().float())
         rounded = self._round(original)[1]
         self.master = nn.Parameter(torch.where(rounded == values, original, values))
 
@@ -78,6 +91,7 @@ class StudentLinear(nn.Module):
         if self.teaches:
             return functional.linear(x, self.weight, self.bias)
         weight: Tensor = _StraightThrough.apply(self.master, lambda master: self._round(master)[1])  # type: ignore[no-untyped-call]
+        x = x if self.transform is None else self.transform.apply(x)
         given = x if self.activation is None else self.activation.quantize(x)
         return functional.linear(given, weight.to(self.weight.dtype), self.bias)
 
@@ -106,7 +120,10 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def enroll(
-    model: PreTrainedModel, job: ExportJob, activation: ActivationQuantizer | None = None
+    model: PreTrainedModel,
+    job: ExportJob,
+    activation: ActivationQuantizer | None = None,
+    transform: Transform | None = None,
 ) -> dict[str, StudentLinear]:
     """Put student layers in the places of a full-precision model's layers, and freeze all but their masters.
 
@@ -114,6 +131,7 @@ def enroll(
         model: the original; it is changed.
         job: the finished quantization: plan, format and packed tensors.
         activation: what quantizes the layers' inputs.
+        transform: the basis that the layers are stored in.
 
     Returns:
         the new layers by name, in the order of the plan.
@@ -127,7 +145,7 @@ def enroll(
     for name, option in job.plan.items():
         layer, format = originals[name], trainable_format(job, option)
         bias = getattr(layer.module, "bias", None)
-        students[name] = StudentLinear(layer.weight(), bias, job.packed(name), format, option, activation)
+        students[name] = StudentLinear(layer.weight(), bias, job.packed(name), format, option, activation, transform)
         model.set_submodule(name, students[name])
     return students
 

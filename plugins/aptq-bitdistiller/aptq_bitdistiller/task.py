@@ -164,8 +164,13 @@ def _train(job: _Job, new: Run, stages: Stages) -> None:
     if job.training.loss == "cakld" and gamma is None:
         gamma = mean_confidence(model, text, job.training)
         _log.info("gamma is %.4f: the teacher's mean confidence in the text", gamma)
-    activation = job.quantized.activation_config
-    students = enroll(model, job.quantized, registry.build("activation", activation) if activation else None)
+    activation, transform = job.quantized.activation_config, job.quantized.transform_config
+    students = enroll(
+        model,
+        job.quantized,
+        registry.build("activation", activation) if activation else None,
+        registry.build("transform", transform) if transform else None,
+    )
     module = Distillation(model, students, text, job.training, gamma or 0.0, job.config["seed"])
     with stages(STAGE, job.training.steps, "step"):
         train(module, new.folder / _CHECKPOINTS, job.config["fabric"], job.callbacks)
@@ -202,7 +207,7 @@ def _write(job: _Job, new: Run, students: Mapping[str, StudentLinear], told: Map
         for name, student in students.items():
             layer = loaded[name]
             expected = student.format.dequantize(student.quantized(), student.option).cpu()
-            if not (isinstance(layer, PackedLinear) and torch.equal(layer.dense(), expected)):
+            if not (isinstance(layer, PackedLinear) and torch.equal(layer.stored(), expected)):
                 raise AptqError(f"{name} in the written model is not what was trained: a fault of format or exporter.")
 
 

@@ -83,6 +83,22 @@ def test_inputs_of_the_student_alone_are_quantized() -> None:
         assert torch.equal(layer(x), functional.linear(x, weight, torch.ones(12)))
 
 
+def test_the_student_multiplies_in_the_basis_that_the_layer_is_stored_in() -> None:
+    transform, weight = build("transform", {"name": "hadamard"}), torch.randn(12, 40)
+    format, option = build("format", INTEGER), Option(4, 16)
+    grid = format.fit(transform.apply(weight)[None], option)
+    quantized = grid.finish(grid.round(transform.apply(weight).T[None].contiguous(), slice(None))[0])
+    packed = format.pack(quantized, option)
+    layer = StudentLinear(weight, None, packed, format, option, transform=transform)
+    assert torch.equal(layer.master, transform.apply(weight)), "its own nearest"
+    x = torch.randn(3, 40)
+    stored = format.dequantize(quantized, option)
+    assert torch.equal(layer(x), functional.linear(transform.apply(x), stored))
+    assert (layer(x) - functional.linear(x, weight)).norm() < 0.1 * functional.linear(x, weight).norm()
+    with teaching({"layer": layer}):
+        assert torch.equal(layer(x), functional.linear(x, weight))
+
+
 def test_a_model_is_teacher_and_student_and_shares_the_rest(make_run: Callable[..., Path], model_folder: Path) -> None:
     folder = make_run()
     original = AutoModelForCausalLM.from_pretrained(model_folder)

@@ -1,0 +1,28 @@
+"""Changing the basis of what layers are called with."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """An orthogonal matrix ``T [in, in]`` for each width of inputs, and so a layer ``x W^T = (x T)(W T)^T``.
+
+    ``W T`` is what is rounded and stored, ``x T`` what it is multiplied with at run time. The transform's options are
+    part of the checkpoint, and it needs nothing else: objects with equal options have the same ``T``, on any machine.
+    """
+
+    def check(self, in_features: int) -> None:
+        """Raise ``AptqError`` when there is no ``T`` of this width; say what is allowed."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return ``x T`` for ``x [..., in]`` (floating), in its shape and dtype; ``x`` stays as it is.
+
+        Each row by itself; gradients pass through. float64 is computed in float64, all else in float32.
+        """
+
+    def invert(self, x: Tensor) -> Tensor:
+        """Return ``x T^T`` likewise: ``invert(apply(x))`` is ``x`` but for rounding."""

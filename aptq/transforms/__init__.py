@@ -1,0 +1,1 @@
+"""Transforms: the basis in which weights are rounded."""
