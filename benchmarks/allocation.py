@@ -72,6 +72,11 @@ ROWS: dict[str, list[str]] = {
     "error, attention and mlp": [*_KNAPSACK, "metric=error", "hessian=attention", "hessian.mlp=true"],
     "error, loss": [*_KNAPSACK, "metric=error", "hessian=loss", "hessian.labels=model"],
 }
+ROTATED = "Hadamard"
+"""The same beside ``transform=hadamard``, which all of such rows have."""
+_ROTATED = (UNIFORM, "output (default)", "output, labels of the text (ModelOpt's score)", "traces, 2 and 4 bits (APTQ)")
+ROWS |= {f"{row}, {ROTATED}": [*ROWS[row], "transform=hadamard"] for row in _ROTATED}
+ROWS[f"{MIXED}, {ROTATED}"] = [*(word for word in ROWS[MIXED] if word != _PREDICTED), "transform=hadamard"]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -87,7 +92,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def words(row: str, budget: float) -> list[str] | None:
     """Return the overrides of a row at a budget; None where it cannot be kept."""
-    if row == UNIFORM:
+    if "allocator=uniform" in ROWS[row]:
         return [*ROWS[row], f"allocator.bits={budget:.0f}"] if budget == round(budget) else None
     if "allocator=ratio" in ROWS[row]:
         share = {"allocator.high": 4, "allocator.low": 2, "allocator.ratio": (budget - 2) / 2}
@@ -108,7 +113,7 @@ def jobs(options: argparse.Namespace, folder: Path) -> Iterator[Job]:
             job = [f"plan={own[budget]}"] if row == AUTOROUND else words(row, budget)
             if job is None:
                 continue
-            audited = number == 0 and options.audit and row not in (UNIFORM, AUTOROUND)
+            audited = number == 0 and options.audit and row != AUTOROUND and "allocator=uniform" not in ROWS[row]
             audit = [f"audit={options.audit}"] if audited else []
             yield Job(
                 row=row,
@@ -155,18 +160,19 @@ def table(record: Mapping[str, Any], budget: float) -> tuple[list[str], list[lis
             audits = [each for each in found if each is not None]  # a metric may not tell plans apart
             bits = [f"{mean(each[key] for each in mine):.3f}" for key in ("code_bits", "storage_bits")]
             rows.append([row, str(len(mine)), *bits, *cells, f"{mean(audits):.2f}" if audits else ""])
-    between = _interpolated(record, budget)
-    if between:
-        rows.append(["uniform, between its neighbours", "", "", "", *(f"{between[name]:.2f}" for name in names), ""])
+    for row in (UNIFORM, f"{UNIFORM}, {ROTATED}"):
+        if between := _interpolated(record, row, budget):
+            told = [f"{between[name]:.2f}" for name in names]
+            rows.append([f"{row}: between whole widths", "", "", "", *told, ""])
     header = ["", "seeds", "code bits", "stored bits", *(f"{name} ppl" for name in names), "Spearman"]
     return header, rows
 
 
-def _interpolated(record: Mapping[str, Any], budget: float) -> dict[str, float]:
-    """Return uniform perplexities between whole widths, interpolated on their logarithms."""
+def _interpolated(record: Mapping[str, Any], row: str, budget: float) -> dict[str, float]:
+    """Return a uniform row's perplexities between whole widths, interpolated on their logarithms."""
     low, high = math.floor(budget), math.ceil(budget)
     ends = [
-        [each["perplexity"] for each in record["results"] if each["row"] == UNIFORM and each["budget"] == bits]
+        [each["perplexity"] for each in record["results"] if each["row"] == row and each["budget"] == bits]
         for bits in (low, high)
     ]
     if low == high or not all(ends):
@@ -186,7 +192,8 @@ def as_markdown(record: Mapping[str, Any]) -> str:
         "correlation of what the metric predicts with the measured divergence, over random plans of one size. The "
         "scores of AutoRound and ModelOpt are taken with our rounding, so that the choice of bits alone is compared; "
         "AutoRound's own plan is what its AutoScheme chooses (texts of the same file, nothing tuned), rounded "
-        "by our quantizer. ModelOpt has no widths below 4 bits, and so no plan of its own here.",
+        "by our quantizer. ModelOpt has no widths below 4 bits, and so no plan of its own here. *Hadamard*: everything "
+        "in that row, scores and rounding, with rotated inputs.",
     ]
     for budget in sorted({each["budget"] for each in record["results"]}):
         parts += [f"## {budget:g} bits", markdown_table(*table(record, budget))]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -59,6 +59,22 @@ FORMATS = {
     "block codebooks (LO-BCQ)": Family(words=["format=block_clustered"], bits=(4,), ranges=None),
     "NVFP4": Family(words=["format=nvfp4", "format.clip_steps=8"], bits=(4,), ranges=None),
     "MXFP4": Family(words=["format=mxfp4", "format.clip_steps=8"], bits=(4,), ranges=None),
+}
+ROTATED = "Hadamard"
+_ROTATED = (
+    "integer",
+    "integer, 0.5 % of outliers (SpQR, GWQ)",
+    "normal float",
+    "normal float, two scales (AFPQ)",
+    "normal float, two scales, 0.5 % of outliers",
+    "vector codebooks (VPTQ)",
+    "block codebooks (LO-BCQ)",
+    "NVFP4",
+    "MXFP4",
+)
+FORMATS |= {
+    f"{name}, {ROTATED}": replace(FORMATS[name], words=[*FORMATS[name].words, "transform=hadamard"])
+    for name in _ROTATED
 }
 QUANTIZERS: dict[str, list[str]] = {
     "nearest, min-max": ["hessian=identity", "quantizer=nearest"],
@@ -135,7 +151,7 @@ def as_markdown(record: Mapping[str, Any]) -> str:
         f"{record['model']} in float32, every layer at the same width, groups of 64 (vectors: one codebook a layer; "
         f"NVFP4 16, MXFP4 32); {record['samples']} calibration samples of {record['length']} tokens, perplexity on "
         f"{record['sequences']} sequences of {record['length']} tokens of each text; full precision: {told}. Rows "
-        "without *min-max* search group ranges. Seconds are the whole process but for judging, and of runs that had "
+        "without *min-max* search group ranges; *Hadamard*: rotated inputs (QuIP#, QuaRot). Seconds are the whole process but for judging, and of runs that had "
         "the machine for themselves.",
     ]
     for bits in sorted({each["bits"] for each in record["results"]}):

@@ -51,6 +51,10 @@ CONTESTANTS: dict[str, tuple[float, list[str], list[str]]] = {  # bits of a numb
         ["activation=block_clustered", "activation.num_codebooks=16"],
     ),
 }
+CONTESTANTS |= {
+    f"{name}, Hadamard": (bits, [*weights, "transform=hadamard"], inputs)
+    for name, (bits, weights, inputs) in CONTESTANTS.items()
+}
 QUANTIZERS: dict[str, list[str]] = {
     "nearest": ["hessian=identity", "quantizer=nearest"],
     "gptq": ["hessian=input", "quantizer=gptq"],
