@@ -151,7 +151,8 @@ def as_markdown(record: Mapping[str, Any]) -> str:
         f"{record['model']} in float32, every layer at the same width, groups of 64 (vectors: one codebook a layer; "
         f"NVFP4 16, MXFP4 32); {record['samples']} calibration samples of {record['length']} tokens, perplexity on "
         f"{record['sequences']} sequences of {record['length']} tokens of each text; full precision: {told}. Rows "
-        "without *min-max* search group ranges; *Hadamard*: rotated inputs (QuIP#, QuaRot). Seconds are the whole process but for judging, and of runs that had "
+        "without *min-max* search group ranges; *Hadamard*: rotated inputs (QuIP#, QuaRot). Seconds are the whole "
+        "process but for judging, and of runs that had "
         "the machine for themselves.",
     ]
     for bits in sorted({each["bits"] for each in record["results"]}):

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from aptq.api import AptqError
 
-_WIDEST = 64  # Hadamard factor: a product with one of them is a small dense one
-_LARGEST_ODD = 2048  # Hartley factor, which is dense
+_WIDEST = 64  # factor, as far as the odd part allows: a product with one of them is a small dense one
+_LARGEST_ODD = 2048
 
 
 @dataclass(frozen=True)
 class Hadamard:
-    """``T = D (F_1 (x) F_2 (x) ...)``: signs ``D``, which the seed and the width give, and orthogonal factors.
+    """``T = D (C (x) H)``: signs ``D``, which the seed and the width give, and two orthogonal matrices.
 
-    With ``in = m 2^k`` and ``m`` odd the factors are Hadamard matrices over ``2^k``, 64 wide at most, and the discrete
-    Hartley matrix ``(cos + sin)(2 pi i j / m) / sqrt(m)`` of width ``m``, whose entries are at most ``sqrt(2 / m)``.
-    All are symmetric and their own inverse. Each weight of ``W T`` is a signed mean of a whole row of ``W``, close to
+    With ``in = m 2^k`` and ``m`` odd, ``H`` is the Hadamard matrix of width ``2^k`` and ``C`` the discrete Hartley
+    matrix ``(cos + sin)(2 pi i j / m) / sqrt(m)`` of width ``m``, whose entries are at most ``sqrt(2 / m)``. Both are
+    symmetric and their own inverse. Each weight of ``W T`` is a signed mean of a whole row of ``W``, close to
     normally distributed whatever the row's outliers, and so is each input of ``x T``.
 
     Source: incoherence processing of Chee et al., "QuIP" (NeurIPS 2023), with the randomized Hadamard transform of
@@ -58,10 +58,9 @@ def _exact(x: Tensor) -> torch.dtype:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Return ``x [..., n]`` times the Kronecker product of the factors of ``n``: one small product along each axis."""
-    width = x.shape[-1]
-    after = width
-    for size in factor_sizes(width):
+    """Return ``x [..., n] (C (x) H)``: ``H`` is a Kronecker product itself, so one small product along each axis."""
+    after = x.shape[-1]
+    for size in factor_sizes(x.shape[-1]):
         after //= size
         factor = _factor(size, x.dtype, x.device)
         parts = x.reshape(-1, size, after)
@@ -70,24 +69,26 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def factor_sizes(width: int) -> Sequence[int]:
-    """Return the widths of the factors: the odd part, if it is not 1, then powers of two that are alike in size."""
+    """Return the widths of the factors: the odd part with what powers of two it can take, then the rest of them."""
     power = (width & -width).bit_length() - 1
-    count = math.ceil(power / (_WIDEST.bit_length() - 1))
-    sizes = [1 << (power + each) // count for each in range(count)]
     odd = width >> power
-    return [odd, *sizes] if odd > 1 else sizes
+    most = _WIDEST.bit_length() - 1
+    room = max(0, (_WIDEST // odd).bit_length() - 1)  # of powers of two beside the odd part
+    others = math.ceil(max(0, power - room) / most)
+    own = min(room, power // (1 + others))
+    return [odd << own, *(1 << (power - own + each) // others for each in range(others))]
 
 
 @lru_cache(maxsize=64)
 def _factor(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a symmetric orthogonal matrix: Hadamard's for a power of two, Hartley's for an odd size."""
-    if size % 2:
-        index = torch.arange(size, dtype=torch.float64)
-        angles = torch.outer(index, index).remainder_(size).mul_(2.0 * math.pi / size)
-        return ((angles.cos() + angles.sin()) / math.sqrt(size)).to(device, dtype)
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    """Return ``C (x) H`` of a width ``[size, size]``."""
+    odd = size // (size & -size)
+    index = torch.arange(odd, dtype=torch.float64)
+    angles = torch.outer(index, index).remainder_(odd).mul_(2.0 * math.pi / odd)
+    matrix = angles.cos() + angles.sin()
+    step = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        matrix = torch.kron(matrix, step)
     return (matrix / math.sqrt(size)).to(device, dtype)
 
 

@@ -20,7 +20,16 @@ def test_it_keeps_the_promises_of_a_transform(width: int) -> None:
 
 @pytest.mark.parametrize(
     ("width", "sizes"),
-    [(1, []), (9, [9]), (64, [64]), (128, [8, 16]), (576, [9, 64]), (4096, [64, 64]), (14336, [7, 32, 64])],
+    [
+        (1, [1]),
+        (9, [9]),
+        (64, [64]),
+        (128, [8, 16]),
+        (576, [36, 16]),
+        (4096, [64, 64]),
+        (14336, [56, 16, 16]),
+        (134, [67, 2]),
+    ],
 )
 def test_factors_are_small(width: int, sizes: list[int]) -> None:
     assert list(factor_sizes(width)) == sizes
@@ -32,6 +41,20 @@ def test_one_large_input_is_spread_over_all(width: int) -> None:
     x[5] = 1.0
     odd = width // (width & -width)
     assert Hadamard().apply(x).abs().max() <= (2.0 / width if odd > 1 else 1.0 / width) ** 0.5 + 1e-6
+
+
+def test_factors_are_those_of_one_matrix() -> None:
+    """The dense Kronecker product of Hartley's and Hadamard's matrix, however it is cut into factors."""
+    size = torch.arange(3, dtype=torch.float64)
+    angles = 2 * torch.pi / 3 * torch.outer(size, size)
+    dense = (angles.cos() + angles.sin()) / 3**0.5
+    for _ in range(7):
+        dense = torch.kron(dense, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5)
+    identity = torch.eye(384, dtype=torch.float64)
+    found = Hadamard().invert(identity)
+    torch.testing.assert_close(found.abs(), dense.abs())
+    assert len(factor_sizes(384)) == 2
+    assert bool(((found / dense).round() == (found / dense).round()[0]).all()), "columns have the signs"
 
 
 def test_signs_come_from_a_hash_that_no_release_changes() -> None:
