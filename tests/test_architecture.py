@@ -24,6 +24,7 @@ HELPERS = {"aptq.api", "aptq.errors", "aptq.meaning", "aptq.names", "aptq.packin
 ALSO = {
     # Native code has no component's name, and its package stands by itself.
     "aptq.backends": {"aptq.kernels.cpu", "aptq.kernels.triton"},
+    "aptq.transforms": {"aptq.kernels.cpu", "aptq.kernels.operators"},
     # Which module is the attention, and which layers are in it, is read from the model in one place.
     "aptq.hessians": {"aptq.models.structure"},
     # Inputs are rounded by the functions on tensors that weights are rounded by.

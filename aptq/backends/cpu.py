@@ -12,7 +12,7 @@ from torch import Tensor
 from aptq import packing
 from aptq.api import AptqError, LayerSpec
 from aptq.backends.planar import FLOATS, refuses_dtype, unreadable
-from aptq.kernels.cpu import ARCHITECTURES, load_kernels
+from aptq.kernels.cpu import ARCHITECTURES, FOLDER, load_kernels
 from aptq.meaning import Integers, Levels, meaning_of
 
 _UNIT = packing.UNIT
@@ -36,7 +36,7 @@ class Cpu:
 
     activations: Literal["exact", "int8"] = "exact"
     architecture: str = "native"
-    cache_dir: str = "~/.cache/aptq/kernels"
+    cache_dir: str = FOLDER
 
     def __post_init__(self) -> None:
         if self.activations not in ("exact", "int8"):

@@ -1,4 +1,4 @@
-"""What our operators of torch have in common: all are products with a packed weight."""
+"""Where our operators of torch are defined, and what products with a packed weight have in common."""
 
 from __future__ import annotations
 

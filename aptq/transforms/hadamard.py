@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from aptq.api import AptqError
+from aptq.kernels.cpu import FOLDER, TYPES, Library, load_kernels
+from aptq.kernels.operators import OPERATORS
 
 _WIDEST = 64  # factor, as far as the odd part allows: a product with one of them is a small dense one
 _LARGEST_ODD = 2048
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,9 @@ class Hadamard:
     Source: incoherence processing of Chee et al., "QuIP" (NeurIPS 2023), with the randomized Hadamard transform of
     Tseng et al., "QuIP#" (ICML 2024), on the side of the inputs; at run time as the online rotations of Ashkboos et
     al., "QuaRot" (NeurIPS 2024). Hartley's matrix for odd widths is ours.
+
+    On a CPU whose kernels can be built (``aptq.kernels.cpu``) ``apply`` is one of them; else, and in float64, both ways
+    are a few small dense products. It is one operator of torch, ``aptq::hadamard``, which compiled graphs can hold.
     """
 
     seed: int = 0
@@ -44,17 +52,46 @@ class Hadamard:
 
     def apply(self, x: Tensor) -> Tensor:
         """Return ``x T``; see ``aptq.api.Transform``."""
-        exact = x.to(_exact(x))
-        return _mixed(exact * _signs(self.seed, x.shape[-1], exact.dtype, exact.device)).to(x.dtype)
+        return self._turned(x, back=False)
 
     def invert(self, x: Tensor) -> Tensor:
         """Return ``x T^T``; see ``aptq.api.Transform``."""
-        exact = x.to(_exact(x))
-        return (_mixed(exact) * _signs(self.seed, x.shape[-1], exact.dtype, exact.device)).to(x.dtype)
+        return self._turned(x, back=True)
+
+    def _turned(self, x: Tensor, back: bool) -> Tensor:
+        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            y: Tensor = torch.ops.aptq.hadamard(x, self.seed, back)
+            return y
+        return turned(x, self.seed, back)  # without the operator's cost, which small layers would feel
 
 
-def _exact(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def turned(x: Tensor, seed: int, back: bool) -> Tensor:
+    """Return ``x T``, or ``x T^T`` on the way back, for ``x [..., in]``, in its dtype."""
+    width = x.shape[-1]
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    signs = _signs(seed, width, exact, x.device)
+    if back:
+        return (_mixed(x.to(exact)) * signs).to(x.dtype)
+    if x.device.type == "cpu" and x.dtype in TYPES and (kernels := _kernels()) is not None:
+        return kernels.rotate(x.reshape(-1, width).contiguous(), signs, _odd_factor(width)).view(x.shape)
+    return _mixed(x.to(exact) * signs).to(x.dtype)
+
+
+@cache
+def _kernels() -> Library | None:
+    """Return this machine's kernels; None, and why in the log, where it cannot have them."""
+    try:
+        return load_kernels("native", FOLDER)
+    except AptqError as error:
+        _log.info("transform=hadamard does without its kernel: %s", error)
+        return None
+
+
+@lru_cache(maxsize=64)
+def _odd_factor(width: int) -> Tensor:
+    """Return ``C`` of a width as the kernel takes it: what norm ``H`` is to have is in it."""
+    odd = width // (width & -width)
+    return (_factor(odd, torch.float64, torch.device("cpu")) * math.sqrt(odd / width)).float().contiguous()
 
 
 def _mixed(x: Tensor) -> Tensor:
@@ -98,3 +135,18 @@ def _signs(seed: int, width: int, dtype: torch.dtype, device: torch.device) -> T
     digest = hashlib.shake_256(f"{seed}:{width}".encode()).digest(-(-width // 8))
     bits = [byte >> bit & 1 for byte in digest for bit in range(8)][:width]
     return (1.0 - 2.0 * torch.tensor(bits, dtype=torch.float64)).to(device, dtype)
+
+
+def _backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.aptq.hadamard(gradient, context.seed, not context.back), None, None
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -> None:
+    del output
+    _, ctx.seed, ctx.back = inputs
+
+
+OPERATORS.define("hadamard(Tensor x, int seed, bool back) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+OPERATORS.impl("hadamard", turned, "CompositeExplicitAutograd")
+torch.library.register_fake("aptq::hadamard", lambda x, seed, back: torch.empty_like(x), lib=OPERATORS)
+torch.library.register_autograd("aptq::hadamard", _backward, setup_context=_keep, lib=OPERATORS)

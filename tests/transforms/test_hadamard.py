@@ -5,6 +5,7 @@ import torch
 
 from aptq.api import AptqError
 from aptq.testing import check_transform
+from aptq.transforms import hadamard
 from aptq.transforms.hadamard import Hadamard, factor_sizes
 
 
@@ -55,6 +56,55 @@ def test_factors_are_those_of_one_matrix() -> None:
     torch.testing.assert_close(found.abs(), dense.abs())
     assert len(factor_sizes(384)) == 2
     assert bool(((found / dense).round() == (found / dense).round()[0]).all()), "columns have the signs"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 2, 7, 33, 80, 576, 1536])
+@pytest.mark.parametrize("rows", [1, 3, 200])
+def test_the_kernel_does_what_the_products_do(
+    rows: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(2, rows, width).to(dtype)
+    expected = Hadamard(seed=1).apply(x.double())
+    found = Hadamard(seed=1).apply(x)
+    monkeypatch.setattr(hadamard, "_kernels", lambda: None)
+    products = Hadamard(seed=1).apply(x)
+    monkeypatch.undo()
+    eps = torch.finfo(dtype).eps
+    for each in (found, products):
+        assert (each.double() - expected).abs().max() <= max(eps, 4e-7) * x.double().norm(dim=-1).max()
+    assert torch.equal(Hadamard(seed=1).apply(x[1, rows - 1]), found[1, rows - 1]), "each row by itself"
+
+
+def test_without_a_compiler_products_are_used_and_the_log_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = torch.randn(3, 96)
+    expected = Hadamard().apply(x)
+
+    def refuse(architecture: str, folder: str) -> None:
+        raise AptqError("no C++ compiler is on the PATH")
+
+    monkeypatch.setattr(hadamard, "load_kernels", refuse)
+    hadamard._kernels.cache_clear()
+    try:
+        with caplog.at_level("INFO"):
+            torch.testing.assert_close(Hadamard().apply(x), expected)
+    finally:
+        hadamard._kernels.cache_clear()
+    assert "no C++ compiler" in caplog.text
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_it_is_one_operator_of_a_compiled_graph(back: bool) -> None:
+    x = torch.randn(2, 80)
+    torch.library.opcheck(torch.ops.aptq.hadamard, (x, 0, back))
+    torch.library.opcheck(torch.ops.aptq.hadamard, (x.clone().requires_grad_(), 0, back))
+    function = Hadamard().invert if back else Hadamard().apply
+    with torch.no_grad():
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+        for each in (x, torch.randn(5, 80), x[0]):
+            assert torch.equal(compiled(each), function(each))
 
 
 def test_signs_come_from_a_hash_that_no_release_changes() -> None:

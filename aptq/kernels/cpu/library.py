@@ -74,7 +74,9 @@ class Library:
         self._multiply, self._dense = library.aptq_multiply, library.aptq_dense
         self._multiply.argtypes = [_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT]
         self._dense.argtypes = [_POINTER, _INT, _INT, _POINTER, _INT, _INT, _INT]
-        self._multiply.restype = self._dense.restype = None
+        self._rotate = library.aptq_rotate
+        self._rotate.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT]
+        self._multiply.restype = self._dense.restype = self._rotate.restype = None
         library.aptq_fast_bytes.restype = _INT
         self.fast_bytes: bool = library.aptq_fast_bytes() == 1
         """Whether a product of bytes is one instruction here: with it, integers beat any dense float32 product."""
@@ -92,6 +94,20 @@ class Library:
         self._multiply(ctypes.byref(struct), x.data_ptr(), y.data_ptr(), rows, TYPES[x.dtype], digits, threads)
         return y
 
+    def rotate(self, x: Tensor, signs: Tensor, matrix: Tensor) -> Tensor:
+        """Return ``x D (C (x) H)``, like ``x [rows, width]``, contiguous and of a dtype in ``TYPES``.
+
+        Args:
+            x: activations.
+            signs: ``D [width]``, float32.
+            matrix: ``C [parts, parts]``, symmetric, float32, contiguous; ``H`` of entries 1 and -1 is ``width / parts``
+                wide, a power of two.
+        """
+        y, (rows, width) = torch.empty_like(x), x.shape
+        at = x.data_ptr(), signs.data_ptr(), matrix.data_ptr(), y.data_ptr()
+        self._rotate(*at, rows, width, matrix.shape[0], TYPES[x.dtype], torch.get_num_threads())
+        return y
+
     def dense(self, layer: Packed, begin: int, end: int, room: Tensor) -> Tensor:
         """Write ``W^T [in, end - begin]`` of some outputs into ``room`` and return that part of it.
 
@@ -104,6 +120,10 @@ class Library:
         struct, stride, kind = layer.struct(), room.shape[1], TYPES[room.dtype]
         self._dense(ctypes.byref(struct), begin, end, room.data_ptr(), stride, kind, torch.get_num_threads())
         return room[: layer.in_features, : end - begin]
+
+
+FOLDER = "~/.cache/aptq/kernels"
+"""Where builds are kept unless a user says another place."""
 
 
 @cache

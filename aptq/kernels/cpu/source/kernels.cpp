@@ -2,6 +2,7 @@
 #include "dense.h"
 #include "integer.h"
 #include "pool.h"
+#include "rotate.h"
 
 // Memory that is given back, aligned for vectors.
 template <class Element>
@@ -102,6 +103,18 @@ int64_t aptq_fast_bytes() {
 #else
     return 0;
 #endif
+}
+
+// y [rows, width] = x D (C (x) H), both of `type`; see rotate.h.
+void aptq_rotate(const void* x, const float* signs, const float* matrix, void* y, int64_t rows, int64_t width,
+                 int64_t parts, int64_t type, int64_t threads) {
+    int64_t slabs = rows * width < WORTH_SHARING ? 1 : ceil_div(rows, SLAB);
+    int64_t each = ceil_div(rows, slabs);
+    in_parallel(slabs, slabs == 1 ? 1 : threads, [&](int64_t slab) {
+        Buffer<float> held(width), sums(width);
+        for (int64_t row = slab * each; row < rows && row < (slab + 1) * each; row++)
+            rotate_row(x, type, row * width, signs, matrix, parts, width, held.data, sums.data, y);
+    });
 }
 
 // y [rows, outputs] = x [rows, inputs] W^T, both of `type`; digits: bytes that an activation becomes, 1 to 3.
