@@ -33,9 +33,13 @@ class Coding:
             drift=None if drift is None else _both_sides(self.transform, drift),
         )
 
+    def stored(self, packed: Mapping[str, Tensor], option: Option, shape: tuple[int, int]) -> Tensor:
+        """Return the weight ``[out, in]``, float32, in the basis of storage, that packed tensors stand for."""
+        return self.format.dequantize(self.format.unpack(packed, option, shape), option)
+
     def restored(self, packed: Mapping[str, Tensor], option: Option, shape: tuple[int, int]) -> Tensor:
-        """Return the weight ``[out, in]``, float32, in the model's own basis, that packed tensors stand for."""
-        stored = self.format.dequantize(self.format.unpack(packed, option, shape), option)
+        """Return the same in the model's own basis."""
+        stored = self.stored(packed, option, shape)
         return stored if self.transform is None else self.transform.invert(stored)
 
 

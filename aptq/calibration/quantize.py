@@ -106,29 +106,37 @@ def quantize(walk: Walk, recipe: Recipe, store: BlockStore, callbacks: Callback)
 
 
 def stored_logits(walk: Walk, recipe: Recipe, store: BlockStore) -> Tensor:
-    """Send a walk through all blocks as the store holds them; return ``Walk.logits``."""
+    """Send a walk through all blocks as the store holds them; return ``Walk.logits``.
+
+    Layers do what they will do in the written model: stored weights on inputs in their basis. Codes of quantized inputs
+    are the same then; behind another order of sums some would fall to the other side of a midpoint.
+    """
     with ExitStack() as head:
         for step in walk.steps():
             tensors, _ = store.load_block(step.block.index)
-            _restore(step.block, recipe, tensors, walk.fabric.device)
+            _restore(step.block, recipe, tensors, walk.fabric.device, as_stored=True)
             if step.last:
-                head.enter_context(_inputs(step.block, recipe))  # it runs for the logits
+                head.enter_context(_inputs(step.block, recipe, as_stored=True))  # it runs for the logits
             else:
-                with _inputs(step.block, recipe):
+                with _inputs(step.block, recipe, as_stored=True):
                     step.run()
         return walk.logits()
 
 
-def _inputs(block: Block, recipe: Recipe) -> AbstractContextManager[None]:
+def _inputs(block: Block, recipe: Recipe, *, as_stored: bool = False) -> AbstractContextManager[None]:
     """Have the planned layers of a block called with quantized inputs, if they are to be."""
-    return quantized_inputs((layer for _, _, layer in _planned(block, recipe)), recipe.activation, recipe.transform)
+    layers = (layer for _, _, layer in _planned(block, recipe))
+    return quantized_inputs(layers, recipe.activation, recipe.transform, as_stored=as_stored)
 
 
-def _restore(block: Block, recipe: Recipe, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put the dequantized weights of stored packed tensors into a block."""
+def _restore(
+    block: Block, recipe: Recipe, tensors: Mapping[str, Tensor], device: torch.device, *, as_stored: bool = False
+) -> None:
+    """Put the dequantized weights of stored packed tensors into a block, in the model's own basis or as stored."""
+    weight = recipe.coding.stored if as_stored else recipe.coding.restored
     for name, option, layer in _planned(block, recipe):
         packed = {key: tensors[f"{name}.{key}"].to(device) for key in recipe.format.packed_layout(option, layer.shape)}
-        layer.set_weight(recipe.coding.restored(packed, option, layer.shape))
+        layer.set_weight(weight(packed, option, layer.shape))
 
 
 def _planned(block: Block, recipe: Recipe) -> list[tuple[str, Option, Layer]]:

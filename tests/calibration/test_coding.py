@@ -76,6 +76,15 @@ def test_inputs_are_quantized_in_the_transforms_basis() -> None:
     with quantized_inputs([layer], activation, transform):
         layer.module(x)
     torch.testing.assert_close(transform.apply(seen[0]), activation.quantize(transform.apply(x)))
+    with quantized_inputs([layer], activation, transform, as_stored=True):
+        layer.module(x)
+    assert torch.equal(seen[1], activation.quantize(transform.apply(x)))
+    with quantized_inputs([layer], None, transform, as_stored=True):
+        layer.module(x)
+    assert torch.equal(seen[2], transform.apply(x))
+    with quantized_inputs([layer], None, transform):
+        layer.module(x)
+    assert seen[3] is x
 
 
 def _walk(folder: Path) -> Walk:
