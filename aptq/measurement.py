@@ -47,7 +47,8 @@ class Measurement:
         metric, prefix = experiment.metric, experiment.measure_option
         self._judges = bool(experiment.audit) or isinstance(experiment.allocator, MeasuringAllocator)
         errors = tuple(options) if metric.needs_errors or self._judges else ()
-        rounded = [*(experiment.config.get(key) for key in ("quantizer", "format", "transform")), errors, prefix]
+        config = experiment.config
+        rounded = [config["quantizer"], config["format"], config.get("transform"), errors, prefix]
         self._parts = {**measured(experiment, walk), "rounding": rounded if errors or prefix else None}
         self._held = ExitStack()
         self._rounding = Rounding(

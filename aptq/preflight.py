@@ -49,12 +49,10 @@ def check_model(
                 experiment.format.check(experiment.measure_option, shape)
         except AptqError as error:
             raise AptqError(f"measure_bits={experiment.measure_bits}: {error}") from error
-    if experiment.activation is not None:
-        for width in {in_features for _, in_features in shapes.values()}:
-            experiment.activation.check(width)
-    if experiment.transform is not None:
-        for width in {in_features for _, in_features in shapes.values()}:
-            experiment.transform.check(width)
+    for width in {in_features for _, in_features in shapes.values()}:
+        for each in (experiment.activation, experiment.transform):
+            if each is not None:
+                each.check(width)
     experiment.target.check(options, shapes)
     for exporter in experiment.exporters.values():
         exporter.check(experiment.format, experiment.format_name, options, shapes=shapes, config=source.config)

@@ -29,7 +29,6 @@ from tables import as_rich, markdown_table
 from torch import Tensor
 
 from aptq.api import Curvature, HessianEstimator, Layer, Option, Quantizer
-from aptq.calibration.coding import Coding
 from aptq.calibration.observe import observe
 from aptq.calibration.walk import Step, Walk
 from aptq.data import calibration_samples
@@ -106,7 +105,7 @@ def block_errors(step: Step, walk: Walk, held_out: int, option: Option) -> dict[
     for contestant, (estimator, quantizer) in CONTESTANTS.items():
         curvatures = next((each for other, each in known if other == estimator), None)
         if curvatures is None:
-            curvatures = observe(step, estimator, walk, Coding(Integer()), need_outputs=False).curvatures
+            curvatures = observe(step, estimator, walk, None, need_outputs=False).curvatures
             known.append((estimator, curvatures))
         for each, layer in layers.items():
             before = layer.weight().clone()

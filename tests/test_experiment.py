@@ -306,7 +306,7 @@ def test_weights_and_activations_in_four_bits(overrides: Callable[..., list[str]
 
 @pytest.mark.parametrize("format", ["integer", "vector format.iterations=2 format.refits=0 format.beam=2", "outliers"])
 def test_weights_in_another_basis(format: str, overrides: Callable[..., list[str]], tmp_path: Path) -> None:
-    """Scores, plan, pass 2, the check of what was written, a reload, quantized inputs beside, and another export."""
+    """Scores, plan, audit, pass 2, the check of what was written, a reload, and another export."""
     from aptq.experiment import evaluate, export
 
     words = ["transform=hadamard", "allocator=knapsack", "allocator.bits=[3,4]", "allocator.budget=3.5", "audit=2"]

@@ -22,17 +22,6 @@ class Coding:
         weight = layer.weight().float()
         return weight if self.transform is None else self.transform.apply(weight)
 
-    def curvature(self, curvature: Curvature) -> Curvature:
-        """Return the curvature ``T^T H T`` that errors of ``W T`` are weighed with."""
-        if self.transform is None:
-            return curvature
-        drift = curvature.drift
-        return replace(
-            curvature,
-            column=_both_sides(self.transform, curvature.column),
-            drift=None if drift is None else _both_sides(self.transform, drift),
-        )
-
     def stored(self, packed: Mapping[str, Tensor], option: Option, shape: tuple[int, int]) -> Tensor:
         """Return the weight ``[out, in]``, float32, in the basis of storage, that packed tensors stand for."""
         return self.format.dequantize(self.format.unpack(packed, option, shape), option)
@@ -41,6 +30,18 @@ class Coding:
         """Return the same in the model's own basis."""
         stored = self.stored(packed, option, shape)
         return stored if self.transform is None else self.transform.invert(stored)
+
+
+def turned(curvature: Curvature, transform: Transform | None) -> Curvature:
+    """Return the curvature ``T^T H T`` that errors of ``W T`` are weighed with."""
+    if transform is None:
+        return curvature
+    drift = curvature.drift
+    return replace(
+        curvature,
+        column=_both_sides(transform, curvature.column),
+        drift=None if drift is None else _both_sides(transform, drift),
+    )
 
 
 def _both_sides(transform: Transform, matrix: Tensor) -> Tensor:

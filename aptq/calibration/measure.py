@@ -134,7 +134,7 @@ def measure_layers(
         their statistics; the layers' owners and curvatures; and the packed tensors of each, for the options to
         ``keep``, which are rounded even if no error is asked for.
     """
-    observed = observe(step, estimator, walk, rounding.coding, need_outputs=need_outputs)
+    observed = observe(step, estimator, walk, rounding.transform, need_outputs=need_outputs)
     prepared = Preparations(rounding.quantizer)
     rows: list[LayerStatistics] = []
     packed: dict[str, dict[Option, dict[str, Tensor]]] = {}

@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from aptq.api import AptqError, Curvature, CurvatureSum, DriftEstimator, HessianEstimator, SequentialEstimator
-from aptq.calibration.coding import Coding
+from aptq.api import (
+    AptqError,
+    Curvature,
+    CurvatureSum,
+    DriftEstimator,
+    HessianEstimator,
+    SequentialEstimator,
+    Transform,
+)
+from aptq.calibration.coding import turned
 from aptq.calibration.distribute import assign_owners, reduce_to_owners
 from aptq.calibration.lockstep import lockstep
 from aptq.calibration.walk import Step, Walk
@@ -24,14 +32,16 @@ if TYPE_CHECKING:
 class Observed:
     """Layers whose curvature is known: every layer's owner rank, and the curvatures that this rank owns.
 
-    Curvatures are in the basis that the layers are stored in (``Coding.curvature``).
+    Curvatures are in the basis that the layers are stored in (see ``turned``).
     """
 
     owners: Mapping[str, int]
     curvatures: Mapping[str, Curvature]
 
 
-def observe(step: Step, estimator: HessianEstimator, walk: Walk, coding: Coding, *, need_outputs: bool) -> Observed:
+def observe(
+    step: Step, estimator: HessianEstimator, walk: Walk, transform: Transform | None, *, need_outputs: bool
+) -> Observed:
     """Run a block's batches under an estimator; leave its outputs in the step, when they are needed."""
     with estimator.observe(step.block, need_outputs=need_outputs) as observer:
         step.observe(observer, keep_outputs=need_outputs)
@@ -41,12 +51,12 @@ def observe(step: Step, estimator: HessianEstimator, walk: Walk, coding: Coding,
     changed: dict[int, Curvature] = {}
     for curvature in found.values():
         if id(curvature) not in changed:  # layers that share one go on sharing it
-            changed[id(curvature)] = coding.curvature(curvature)
+            changed[id(curvature)] = turned(curvature, transform)
     return Observed(owners, {name: changed[id(curvature)] for name, curvature in found.items()})
 
 
 def observe_in_turn(
-    step: Step, estimator: SequentialEstimator, walk: Walk, coding: Coding, layers: Collection[str]
+    step: Step, estimator: SequentialEstimator, walk: Walk, transform: Transform | None, layers: Collection[str]
 ) -> Iterator[Observed]:
     """Yield one layer after the other, as the block calls them; round each before asking for the next.
 
@@ -66,21 +76,21 @@ def observe_in_turn(
             before, total = total, sums(name, batches.inputs())
             if not fabric.broadcast(total is before):
                 owner = (owner + 1) % fabric.world_size
-                curvature = _reduced(name, total, owner, walk, coding)
+                curvature = _reduced(name, total, owner, walk, transform)
             yield _one(name, owner, curvature)
             trim()
         for name in missing:
-            yield _one(name, 0, _reduced(name, sums(name, []), 0, walk, coding))
+            yield _one(name, 0, _reduced(name, sums(name, []), 0, walk, transform))
 
 
-def observe_head(step: Step, estimator: DriftEstimator, walk: Walk, coding: Coding) -> Iterator[Observed]:
+def observe_head(step: Step, estimator: DriftEstimator, walk: Walk, transform: Transform | None) -> Iterator[Observed]:
     """Yield the head with its drift: it is called with what the step is fed, so nothing has to be run."""
     originals = [] if step.full_precision is None else [batch.hidden for batch in step.full_precision.inputs]
     inputs, samples = [batch.hidden for batch in step.inputs], [batch.samples for batch in step.inputs]
     with estimator.watch(step.block) as observer:
         for name, layer in step.block.layers.items():
             total = observer.curvature_sum(layer, inputs, samples, originals)
-            yield _one(name, 0, _reduced(name, total, 0, walk, coding))
+            yield _one(name, 0, _reduced(name, total, 0, walk, transform))
 
 
 @contextmanager
@@ -124,10 +134,10 @@ def _one(name: str, owner: int, curvature: Curvature | None) -> Observed:
     return Observed({name: owner}, {} if curvature is None else {name: curvature})
 
 
-def _reduced(name: str, total: CurvatureSum, owner: int, walk: Walk, coding: Coding) -> Curvature | None:
+def _reduced(name: str, total: CurvatureSum, owner: int, walk: Walk, transform: Transform | None) -> Curvature | None:
     """Return the curvature on its owner rank, None on the others."""
     found = reduce_to_owners({name: total}, {name: owner}, walk.total_tokens, walk.fabric).get(name)
-    return None if found is None else coding.curvature(found)
+    return None if found is None else turned(found, transform)
 
 
 def _agreed(name: str | None, step: Step, fabric: Fabric) -> str | None:

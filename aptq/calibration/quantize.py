@@ -178,13 +178,13 @@ def _quantize_block(
 def _observed(step: Step, recipe: Recipe, walk: Walk, layers: Collection[str]) -> Iterable[Observed]:
     """Give the layers' curvatures: one layer after the other as they are rounded, or all at once."""
     if recipe.prefix == "full_precision":  # all before any is rounded, and so are the block's outputs
-        return [observe(step, recipe.estimator, walk, recipe.coding, need_outputs=not step.last)]
+        return [observe(step, recipe.estimator, walk, recipe.transform, need_outputs=not step.last)]
     if step.full_precision is not None and step.last and isinstance(recipe.estimator, DriftEstimator):
-        return observe_head(step, recipe.estimator, walk, recipe.coding)
+        return observe_head(step, recipe.estimator, walk, recipe.transform)
     one_path = not step.last and not has_experts(step.block.module)
     if recipe.true_sequential and one_path and isinstance(recipe.estimator, SequentialEstimator):
-        return observe_in_turn(step, recipe.estimator, walk, recipe.coding, layers)
-    return [observe(step, recipe.estimator, walk, recipe.coding, need_outputs=False)]
+        return observe_in_turn(step, recipe.estimator, walk, recipe.transform, layers)
+    return [observe(step, recipe.estimator, walk, recipe.transform, need_outputs=False)]
 
 
 def _quantize_layer(

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from aptq.api import ActivationQuantizer
-from aptq.errors import AptqError
-from aptq.testing.assertions import expect, expect_equal
+from aptq.testing.assertions import accepted_widths, expect, expect_equal
 
 __all__ = ["check_activation"]
 
@@ -25,20 +24,10 @@ def check_activation(
     Raises:
         AssertionError: a promise of ``aptq.api.ActivationQuantizer`` is broken.
     """
-    served = [width for width in widths if _accepts(activation, width)]
-    expect(bool(served), f"check() refuses every width that was tried: {list(widths)}.")
-    for width in served:
+    for width in accepted_widths(activation.check, widths):
         for dtype in dtypes:
             _check_case(activation, _inputs(width).to(dtype), f"{width} inputs in {dtype}")
         _check_gradient(activation, _inputs(width), f"{width} inputs")
-
-
-def _accepts(activation: ActivationQuantizer, width: int) -> bool:
-    try:
-        activation.check(width)
-    except AptqError:
-        return False
-    return True
 
 
 def _inputs(width: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -112,3 +113,14 @@ def random_curvature(heads: int, width: int, seed: int, rank: int | None = None)
     inputs = inputs @ mixing
     hessian: Tensor = 2 * inputs.transpose(1, 2) @ inputs / inputs.shape[1]
     return (hessian + hessian.transpose(1, 2)) / 2
+
+
+def accepted_widths(check: Callable[[int], None], widths: Sequence[int]) -> list[int]:
+    """Return the widths of inputs that ``check`` does not refuse; one must be among them."""
+    accepted = []
+    for width in widths:
+        with suppress(AptqError):
+            check(width)
+            accepted.append(width)
+    expect(bool(accepted), f"check() refuses every width that was tried: {list(widths)}.")
+    return accepted

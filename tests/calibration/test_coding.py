@@ -12,7 +12,7 @@ from torch import nn
 from aptq.activations.block_scaled import BlockScaled
 from aptq.api import Callback, Curvature, Option
 from aptq.calibration.activations import quantized_inputs
-from aptq.calibration.coding import Coding
+from aptq.calibration.coding import Coding, turned
 from aptq.calibration.quantize import Recipe, quantize, stored_logits
 from aptq.calibration.walk import Walk
 from aptq.formats.integer import Integer
@@ -43,26 +43,26 @@ def _curvature(heads: int = 1) -> Curvature:
 def test_without_a_transform_everything_is_as_it_was() -> None:
     layer, curvature, plain = _layer(), _curvature(), Coding(Integer())
     assert torch.equal(plain.weight(layer), layer.weight())
-    assert plain.curvature(curvature) is curvature
+    assert turned(curvature, None) is curvature
 
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_the_objective_is_the_same_in_both_bases(heads: int) -> None:
     curvature, difference = _curvature(heads), torch.randn(24, 96)
-    turned = TURNED.curvature(curvature)
+    found = turned(curvature, Hadamard())
     changed = Hadamard().apply(difference)
-    assert turned.quadratic(changed) == pytest.approx(curvature.quadratic(difference), rel=1e-4)
-    assert turned.trace(24) == pytest.approx(curvature.trace(24), rel=1e-4)
+    assert found.quadratic(changed) == pytest.approx(curvature.quadratic(difference), rel=1e-4)
+    assert found.trace(24) == pytest.approx(curvature.trace(24), rel=1e-4)
     matrix = Hadamard().apply(torch.eye(96))
-    assert turned.drift is not None
+    assert found.drift is not None
     assert curvature.drift is not None
-    torch.testing.assert_close(turned.drift, matrix.T @ curvature.drift @ matrix, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.drift, matrix.T @ curvature.drift @ matrix, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_stored_stands_for_the_weight_in_the_models_own_basis() -> None:
     layer, option = _layer(), Option(8, 32)
     quantizer = GPTQ()
-    factors = quantizer.prepare(TURNED.curvature(_curvature()))
+    factors = quantizer.prepare(turned(_curvature(), TURNED.transform))
     rounded = quantizer.quantize(TURNED.weight(layer), factors, TURNED.format, option).weight
     restored = TURNED.restored(TURNED.format.pack(rounded, option), option, layer.shape)
     assert (restored - layer.weight()).abs().max() < 0.02 * layer.weight().abs().max()

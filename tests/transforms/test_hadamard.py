@@ -1,5 +1,7 @@
 """Signs and factors: orthogonal for every width, flat, and the same on any machine."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -117,3 +119,35 @@ def test_wide_odd_factors_are_refused() -> None:
     with pytest.raises(AptqError, match=r"odd factor 4099.*transform=none"):
         Hadamard().check(4099 * 2)
     Hadamard().check(27648)
+
+
+@dataclass(frozen=True)
+class _Wrong(Hadamard):
+    """Breaks one promise."""
+
+    how: str = ""
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        turned = super().apply(x)
+        if self.how == "orthogonal":
+            return turned * 1.01
+        if self.how == "in place" and x.dtype == torch.float16:
+            x += 1
+        return turned.double() if self.how == "dtype" else turned
+
+    def invert(self, x: torch.Tensor) -> torch.Tensor:
+        return super().apply(x) if self.how == "inverse" else super().invert(x)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("orthogonal", "T T.*T against the identity"),
+        ("inverse", r"invert\(\) against T.T"),
+        ("in place", "changed its input"),
+        ("dtype", "turns .* into"),
+    ],
+)
+def test_the_check_of_transforms_can_fail(how: str, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_transform(_Wrong(how=how), widths=[48])

@@ -110,7 +110,7 @@ void aptq_rotate(const void* x, const float* signs, const float* matrix, void* y
                  int64_t parts, int64_t type, int64_t threads) {
     int64_t slabs = rows * width < WORTH_SHARING ? 1 : ceil_div(rows, SLAB);
     int64_t each = ceil_div(rows, slabs);
-    in_parallel(slabs, slabs == 1 ? 1 : threads, [&](int64_t slab) {
+    in_parallel(slabs, threads, [&](int64_t slab) {
         Buffer<float> held(width), sums(width);
         for (int64_t row = slab * each; row < rows && row < (slab + 1) * each; row++)
             rotate_row(x, type, row * width, signs, matrix, parts, width, held.data, sums.data, y);
