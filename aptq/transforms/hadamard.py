@@ -59,10 +59,11 @@ class Hadamard:
         return self._turned(x, back=True)
 
     def _turned(self, x: Tensor, back: bool) -> Tensor:
-        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
-            y: Tensor = torch.ops.aptq.hadamard(x, self.seed, back)
-            return y
-        return turned(x, self.seed, back)  # without the operator's cost, which small layers would feel
+        plain = type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
+        if plain and not torch.compiler.is_compiling():
+            return turned(x, self.seed, back)  # without the operator's cost, which small layers would feel
+        y: Tensor = torch.ops.aptq.hadamard(x, self.seed, back)  # tensors without data, and graphs, stop at it
+        return y
 
 
 def turned(x: Tensor, seed: int, back: bool) -> Tensor:

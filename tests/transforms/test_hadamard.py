@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from aptq.api import AptqError
 from aptq.testing import check_transform
@@ -107,6 +108,15 @@ def test_it_is_one_operator_of_a_compiled_graph(back: bool) -> None:
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
         for each in (x, torch.randn(5, 80), x[0]):
             assert torch.equal(compiled(each), function(each))
+
+
+def test_tensors_without_data_have_shapes_and_leave_no_trace() -> None:
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(torch.randn(3, 24))
+        found = [Hadamard(seed=9).apply(fake), Hadamard(seed=9).invert(fake)]
+    assert all(type(each) is FakeTensor and each.shape == (3, 24) for each in found)
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(Hadamard(seed=9).invert(Hadamard(seed=9).apply(x)), x)
 
 
 def test_signs_come_from_a_hash_that_no_release_changes() -> None:
