@@ -74,7 +74,10 @@ ROWS: dict[str, list[str]] = {
 }
 ROTATED = "Hadamard"
 """The same beside ``transform=hadamard``, which all of such rows have."""
-_ROTATED = (UNIFORM, "output (default)", "output, labels of the text (ModelOpt's score)", "traces, 2 and 4 bits (APTQ)")
+_ROTATED = (
+    *(UNIFORM, "output (default)", "output, labels of the text (ModelOpt's score)", "traces, 2 and 4 bits (APTQ)"),
+    *("gradient, absolute (AutoRound's score)", AUTOROUND),
+)
 ROWS |= {f"{row}, {ROTATED}": [*ROWS[row], "transform=hadamard"] for row in _ROTATED}
 ROWS[f"{MIXED}, {ROTATED}"] = [*(word for word in ROWS[MIXED] if word != _PREDICTED), "transform=hadamard"]
 
@@ -97,6 +100,8 @@ def words(row: str, budget: float) -> list[str] | None:
     if "allocator=ratio" in ROWS[row]:
         share = {"allocator.high": 4, "allocator.low": 2, "allocator.ratio": (budget - 2) / 2}
         return [*ROWS[row], *(f"{key}={value:g}" for key, value in share.items())] if 2 < budget < 4 else None
+    if "plan=..." in ROWS[row]:
+        return ROWS[row]
     if "allocator.count=storage" in ROWS[row]:  # what groups of 64 store with so many bits of code
         return [*ROWS[row], f"allocator.budget={budget + _OVERHEAD:g}"]
     return [*ROWS[row], f"allocator.budget={budget:g}"]
@@ -108,12 +113,13 @@ def jobs(options: argparse.Namespace, folder: Path) -> Iterator[Job]:
     AutoRound's plans are made in ``folder`` when their turn comes.
     """
     for seed, row in product(options.seeds, options.rows):
-        own = _autoround(options, seed, folder) if row == AUTOROUND else {}
+        own = _autoround(options, row, seed, folder) if "plan=..." in ROWS[row] else {}
         for number, budget in enumerate(options.budgets):
-            job = [f"plan={own[budget]}"] if row == AUTOROUND else words(row, budget)
+            job = words(row, budget)
             if job is None:
                 continue
-            audited = number == 0 and options.audit and row != AUTOROUND and "allocator=uniform" not in ROWS[row]
+            job = [f"plan={own[budget]}" if word == "plan=..." else word for word in job]
+            audited = number == 0 and options.audit and not own and "allocator=uniform" not in ROWS[row]
             audit = [f"audit={options.audit}"] if audited else []
             yield Job(
                 row=row,
@@ -126,14 +132,14 @@ def jobs(options: argparse.Namespace, folder: Path) -> Iterator[Job]:
             )
 
 
-def _autoround(options: argparse.Namespace, seed: int, folder: Path) -> dict[float, Path]:
+def _autoround(options: argparse.Namespace, row: str, seed: int, folder: Path) -> dict[float, Path]:
     """Return AutoRound's plans by budget, but for runs that are on record."""
     if options.json.exists():
         known = json.loads(options.json.read_text(encoding="utf-8"))["results"]
-        done = {each["budget"] for each in known if (each["row"], each["seed"]) == (AUTOROUND, seed)}
+        done = {each["budget"] for each in known if (each["row"], each["seed"]) == (row, seed)}
         if done >= set(options.budgets):
             return dict.fromkeys(options.budgets, folder)  # they are not run again
-    (place := folder / f"seed_{seed}").mkdir()
+    (place := folder / f"{list(ROWS).index(row)}-{seed}").mkdir()
     return plans(
         model=options.model,
         calibration=options.calibration,
