@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from aptq import registry
 from aptq.api import Backend, Exporter
 from aptq.backends.select import installed_backends
+from aptq.basis import chosen_transform
 from aptq.benchmark import Benchmark, Result, run_benchmark
 from aptq.callbacks import Callbacks
 from aptq.config import compose, to_settings
@@ -66,14 +67,18 @@ def build_experiment(config: DictConfig) -> Experiment:
     fabric = launch(plain)
     loggers = [registry.build("logger", plain["logger"], save_dir=Path(run.dir))] if plain.get("logger") else []
     backend = _backend(plain["backend"])
+    components = {kind: registry.build(group, plain[group]) for kind, group in _COMPONENTS.items()}
+    exporters = _exporters(plain["exporter"])
+    chosen = chosen_transform(plain.get("transform") or {}, components["format"], exporters)
+    plain["transform"] = chosen  # what is on record says no "auto"
     return Experiment(
         model=to_settings(ModelSettings, plain["model"], "model"),
         data=to_settings(DataSettings, plain["data"], "data"),
         run=run,
-        **{kind: registry.build(group, plain[group]) for kind, group in _COMPONENTS.items()},
-        exporters=_exporters(plain["exporter"]),
+        **components,
+        exporters=exporters,
         activation=registry.build("activation", plain["activation"]) if plain.get("activation") else None,
-        transform=registry.build("transform", plain["transform"]) if plain.get("transform") else None,
+        transform=registry.build("transform", chosen) if chosen else None,
         evaluator=registry.build("evaluator", plain["evaluator"]) if plain.get("evaluator") else None,
         target=target,
         decode_times=_decode_times(plain["decode_times"], backend["name"]),

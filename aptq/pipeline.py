@@ -180,9 +180,11 @@ def _plan(
 ) -> Plan:
     """Make the plan, or take the given one, and write it down."""
     if given is None:
-        plan, problem, audit = make_plan(experiment, walk, stages, options)
-        run.save_sensitivity(problem)
-        run.save_audit(audit)
+        planned = make_plan(experiment, walk, stages, options)
+        run.save_sensitivity(planned.problem)
+        run.save_audit(planned.audit)
+        run.save_front(planned.front)
+        plan = planned.plan
     else:
         plan = replace(given, budget=budget(experiment, walk.source.layer_shapes(), given.layers))
     run.save_plan(plan)

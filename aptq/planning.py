@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from aptq.api import Allocation, AptqError, Format, MeasuringAllocator, Option
+from aptq.api import Allocation, AptqError, Format, FrontAllocator, MeasuringAllocator, Option
 from aptq.audit import CHOSEN, audit, candidates, preferred
 from aptq.calibration.quantize import storage_bits
 from aptq.fusion import fused_groups
@@ -25,17 +25,21 @@ _AUDITED_SAMPLES = 2
 """Of the calibration samples: the divergence of two differs from that of all by less than plans from each other."""
 
 
-def make_plan(
-    experiment: Experiment, walk: Walk, stages: Stages, options: Sequence[Option]
-) -> tuple[Plan, Allocation, dict[str, Any] | None]:
-    """Measure where the allocator needs it, allocate, and audit the plan where that is asked for.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Planned:
+    """A plan, and what it was made of."""
 
-    Returns:
-        the plan; the problem that it solves; and the audit's figures (``aptq.audit.audit``), if there was one.
-    """
+    plan: Plan
+    problem: Allocation
+    audit: Mapping[str, Any] | None  # ``aptq.audit.audit``, if there was one
+    front: Mapping[str, Plan]  # the plans of other budgets by name, of an allocator that gives them
+
+
+def make_plan(experiment: Experiment, walk: Walk, stages: Stages, options: Sequence[Option]) -> Planned:
+    """Measure where the allocator needs it, allocate, and audit the plan where that is asked for."""
     shapes = walk.source.layer_shapes()
     fused = fused_groups(shapes) if experiment.fused else []
-    figures, replaced = None, False
+    figures, note = None, {}
     with Measurement(experiment, walk, stages, options, fused) as measurement:
         problem = _problem(experiment, walk, measurement, options, fused)
         layers: Mapping[str, Option] = _allocated(experiment, problem, measurement, stages)
@@ -45,20 +49,28 @@ def make_plan(
                 measured = judge([each.plan for each in audited])
             figures = audit(problem, audited, measured)
             taken = preferred(audited, measured)
-            layers, replaced = taken.plan, taken.kind != CHOSEN
+            layers = taken.plan
+            if taken.kind != CHOSEN:
+                note = {"audit": "the same bits everywhere were measured to be better"}
+    front = experiment.allocator.front(problem) if isinstance(experiment.allocator, FrontAllocator) else {}
+    return Planned(
+        plan=_plan(experiment, problem, layers, note),
+        problem=problem,
+        audit=figures,
+        front={name: _plan(experiment, problem, each, {"budget": name}) for name, each in front.items()},
+    )
+
+
+def _plan(experiment: Experiment, problem: Allocation, layers: Mapping[str, Option], note: Mapping[str, str]) -> Plan:
+    """Return a plan with its averages and predicted costs."""
     costs = {name: problem.costs[name][option] for name, option in layers.items()} if problem.costs else {}
-    plan = Plan(
+    return Plan(
         layers=layers,
-        budget={
-            **budget(experiment, problem.shapes, layers),
-            **_decoding(problem, layers),
-            **({"audit": "the same bits everywhere were measured to be better"} if replaced else {}),
-        },
+        budget={**budget(experiment, problem.shapes, layers), **_decoding(problem, layers), **note},
         predicted_cost=sum(costs.values()) if costs else None,
-        fused_groups=fused,
+        fused_groups=[list(group) for group in problem.fused],
         layer_costs=costs,
     )
-    return plan, problem, figures
 
 
 def _decoding(problem: Allocation, layers: Mapping[str, Option]) -> dict[str, float]:

@@ -18,8 +18,8 @@ from aptq.api import (
     LossMetric,
     Option,
     TimedAllocator,
-    TransformExporter,
 )
+from aptq.basis import stores_transforms
 from aptq.calibration.quantize import PREFIXES
 from aptq.calibration.rounding import needs_drift
 from aptq.data import check_data, check_length
@@ -177,10 +177,10 @@ def check_stores_inputs(
             f"exporter={name} cannot store how a layer's inputs are quantized, so its readers would not quantize them; "
             "use exporter=native, or activation=none."
         )
-    if transform and not (isinstance(exporter, TransformExporter) and exporter.stores_transforms):
+    if transform and not stores_transforms(exporter):
         raise AptqError(
             f"exporter={name} cannot store that a layer's inputs are transformed (transform={transform['name']}), so "
-            "its readers would multiply them as they are; use exporter=native, or transform=none."
+            "its readers would multiply them as they are; use exporter=native, or quantize with transform=none."
         )
 
 

@@ -122,6 +122,13 @@ class Run:
         if self._writes():
             write_plan(self.folder / "plan.json", plan)
 
+    def save_front(self, front: Mapping[str, Plan]) -> None:
+        """Write the plans of other budgets, ``plans/<budget>.json``, where the allocator gives them."""
+        if self._writes() and front:
+            (folder := self.folder / run_folder.PLANS).mkdir(exist_ok=True)
+            for budget, plan in front.items():
+                write_plan(folder / f"{budget}.json", plan)
+
     def plan(self) -> Plan | None:
         """Return the plan, or None when the run has not come to it."""
         path = self.folder / "plan.json"

@@ -22,13 +22,14 @@ if sys.platform != "win32":  # Windows has none: two runs in one folder go unnot
 CONFIG = "config.yaml"
 BLOCKS = "blocks"
 MODEL = "model"
+PLANS = "plans"
 METRICS = "metrics.json"
 _HEADER = "# Written by aptq: the resolved config of this run.\n"
 _LOCK = ".lock"
 _BEFORE_US = {_LOCK, ".hydra", "log.txt"}  # Hydra sets these up before a run begins; they are kept open
 _TABLES = ("plan.json", "sensitivity.csv", "audit.json", "layers.csv", "trade_off.csv")
 EXPORTS = "exports"
-_OURS = (BLOCKS, MODEL, EXPORTS, METRICS, *_TABLES, "report.html", "benchmark.json", "csv", "wandb", CONFIG)
+_OURS = (BLOCKS, MODEL, PLANS, EXPORTS, METRICS, *_TABLES, "report.html", "benchmark.json", "csv", "wandb", CONFIG)
 _FIGURES = ("audit.png", "bits.png", "errors.png", "stages.png", "trade_off.png")
 # Keys that cannot change a result, and keys that change only what comes after the blocks.
 _IGNORED = (

@@ -153,12 +153,15 @@ class Aptq:
 def aptq_command(folder: Path, settings: Mapping[str, Any], choices: Sequence[str]) -> list[str]:
     """Return the command line of a uniform, asymmetric GPTQ run on the CPU, into ``folder / "run"``.
 
+    In the model's own basis, as peers' GPTQ: the judge counts the values in a group of the dense weights.
+
     Args:
         folder: the job's own.
         settings: values by key; quoted for Hydra's grammar here.
         choices: further overrides, passed on as they are.
     """
-    fixed = ["fabric=cpu", "hessian=input", "quantizer=gptq", "allocator=uniform", "format=integer", "evaluator=none"]
+    components = ["hessian=input", "quantizer=gptq", "allocator=uniform", "format=integer", "transform=none"]
+    fixed = ["fabric=cpu", *components, "evaluator=none"]
     values = {"run.dir": folder / "run", "cache_dir": folder / "cache", "format.symmetric": False, **settings}
     return [
         *(sys.executable, "-m", "aptq", *fixed),

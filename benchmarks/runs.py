@@ -97,7 +97,8 @@ def judged_run(
         "cache_dir": cache,
     }
     command = [
-        *(sys.executable, "-m", "aptq", "fabric=cpu", "data=text", *words),
+        *(sys.executable, "-m", "aptq", "fabric=cpu", "data=text"),
+        *("transform=none", *words),  # rows that rotate inputs say so
         *(f"{key}={hydra_value(value)}" for key, value in settings.items()),
         f"data.evaluation_path={{{texts}}}",
     ]

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 import aptq
 from aptq.api import AptqError
 from aptq.packing import unpack
+from aptq.plan import read_plan
+from aptq.run_folder import read_config
 
 Folder = Callable[..., Path]
 MIXED = ["format.formats.integer", "format.formats.asymmetric_float"]
@@ -332,15 +334,38 @@ def test_inputs_quantized_in_another_basis(overrides: Callable[..., list[str]]) 
     assert metrics["perplexity"]["fox"] == pytest.approx(metrics["baseline_perplexity"]["fox"], rel=0.25)
 
 
+def test_inputs_are_rotated_by_default_where_the_exporter_can_say_so(overrides: Callable[..., list[str]]) -> None:
+    words = ["evaluator=none", "allocator=uniform", "allocator.bits=4"]
+    sections = []
+    for folder, more in (("first", []), ("second", ["exporter=compressed_tensors", "format.symmetric=true"])):
+        run = aptq.quantize(overrides(*words, *more, folder=folder))
+        sections.append(read_config(run.folder)["transform"])
+    assert sections == [{"name": "hadamard", "seed": 0}, {}]
+
+
+def test_all_budgets_at_once(overrides: Callable[..., list[str]]) -> None:
+    words = ["evaluator=none", "allocator=pareto", "allocator.bits=[2,3,4]", "allocator.budget=3", "allocator.step=0.5"]
+    run = aptq.quantize(overrides(*words, folder="first"))
+    plans = {path.stem: read_plan(path) for path in (run.folder / "plans").iterdir()}
+    assert sorted(plans) == ["2", "2.5", "3", "3.5", "4"]
+    made = read_plan(run.folder / "plan.json")
+    assert plans["3"].layers == made.layers
+    assert plans["3"].predicted_cost == made.predicted_cost
+    again = aptq.quantize(overrides("evaluator=none", f"plan={run.folder / 'plans' / '2.5.json'}", folder="second"))
+    assert read_plan(again.folder / "plan.json").layers == plans["2.5"].layers
+    aptq.quantize(overrides("evaluator=none", "overwrite=true", folder="first"))
+    assert not (run.folder / "plans").exists()
+
+
 def test_a_checkpoint_says_nothing_of_inputs_that_are_left_alone(overrides: Callable[..., list[str]]) -> None:
-    run = aptq.quantize(overrides("evaluator=none"))
+    run = aptq.quantize(overrides("evaluator=none", "transform=none"))
     stored = json.loads((run.folder / "model" / "config.json").read_text())["quantization_config"]
     assert not {"activation", "transform"} & stored.keys()
 
 
 def test_another_transform_is_measured_anew(overrides: Callable[..., list[str]]) -> None:
     words = ["evaluator=none", "metric=error", "allocator=knapsack", "allocator.bits=[2,3,4]"]
-    plain = aptq.quantize(overrides(*words, folder="first"))
+    plain = aptq.quantize(overrides(*words, "transform=none", folder="first"))
     turned = aptq.quantize(overrides(*words, "transform=hadamard", folder="second"))
     assert plain.sensitivity() != turned.sensitivity()
 

@@ -137,8 +137,7 @@ def choices(problem: Allocation, budget: float, count: str, pin: Mapping[str, in
             raise AptqError(f"The metric's costs of {name} are {problem.costs[name]}; a plan needs numbers.")
     costs = _by_unit(problem, lambda name, option: problem.costs[name][option], np.float64)
     sizes = _sizes(problem, count)
-    other = 8 * problem.other_bytes if count == "model" else 0
-    unit = {"model": _BITS_PER_MEGABYTE, "time": _PER_MILLISECOND}.get(count, problem.total_weights)
+    unit, other = _scale(problem, count)
     allowed = _allowed(units, options, pin)
     if not np.ptp(costs, axis=1).any() and len(options) > 1:
         raise AptqError(
@@ -152,6 +151,24 @@ def choices(problem: Allocation, budget: float, count: str, pin: Mapping[str, in
     return Choices(
         units=units, options=options, costs=np.where(allowed, costs, np.inf), sizes=sizes, limit=limit - other
     )
+
+
+def span(problem: Allocation, count: str, pin: Mapping[str, int]) -> tuple[float, float]:
+    """Return what the smallest and the largest plan take, in the unit of budgets (see ``choices``)."""
+    sizes, (unit, other) = _sizes(problem, count), _scale(problem, count)
+    return _extremes(sizes, _allowed(problem.units(), list(problem.options), pin), unit, other)
+
+
+def _extremes(sizes: NDArray[np.int64], allowed: NDArray[np.bool_], unit: int, other: int) -> tuple[float, float]:
+    """Return the least and the largest sum of allowed sizes, in the unit of budgets."""
+    least = np.where(allowed, sizes, np.iinfo(np.int64).max).min(axis=1).sum()
+    return float((least + other) / unit), float((np.where(allowed, sizes, 0).max(axis=1).sum() + other) / unit)
+
+
+def _scale(problem: Allocation, count: str) -> tuple[int, int]:
+    """Return what one unit of a budget is in the unit of sizes, and what all plans take beside the layers."""
+    unit = {"model": _BITS_PER_MEGABYTE, "time": _PER_MILLISECOND}.get(count, problem.total_weights)
+    return unit, 8 * problem.other_bytes if count == "model" else 0
 
 
 def _sizes(problem: Allocation, count: str) -> NDArray[np.int64]:
@@ -211,11 +228,8 @@ def _refuse(
 ) -> None:
     """Raise the error of a budget that nothing is within; say what is, and what stands in the way."""
 
-    def least(which: NDArray[np.bool_]) -> float:
-        return float((np.where(which, sizes, np.iinfo(np.int64).max).min(axis=1).sum() + other) / unit)
-
-    low, high = least(allowed), (np.where(allowed, sizes, 0).max(axis=1).sum() + other) / unit
-    free = least(np.ones_like(allowed))
+    low, high = _extremes(sizes, allowed, unit, other)
+    free, _ = _extremes(sizes, np.ones_like(allowed), unit, other)
     blame = "" if free > budget or not pin else f" Without allocator.pin it could be had: from {free:.4g} on."
     if count == "model" and other > budget * unit:
         blame = f" What is not quantized takes {other / unit:.4g} of it (see model.quantize_head)."

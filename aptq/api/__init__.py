@@ -19,6 +19,7 @@ from aptq.api.allocation import (
     Allocation,
     Allocator,
     DivergenceMetric,
+    FrontAllocator,
     GroupedAllocator,
     LayerStatistics,
     LossChange,
@@ -72,6 +73,7 @@ from aptq.api.rounding import (
     RefitGrid,
     RoundableFormat,
     Rounded,
+    TransformFormat,
     format_of,
 )
 from aptq.api.transforms import (
@@ -108,6 +110,7 @@ __all__ = [
     "Format",
     "FormatSet",
     "Grid",
+    "FrontAllocator",
     "GroupedAllocator",
     "GuidedEstimator",
     "HessianEstimator",
@@ -131,5 +134,6 @@ __all__ = [
     "TimedAllocator",
     "Transform",
     "TransformExporter",
+    "TransformFormat",
     "format_of",
 ]

@@ -194,6 +194,14 @@ class GroupedAllocator(Allocator, Protocol):
 
 
 @runtime_checkable
+class FrontAllocator(Allocator, Protocol):
+    """An allocator that gives plans for many budgets at once; the run keeps them beside the one that it makes."""
+
+    def front(self, problem: Allocation) -> dict[str, dict[str, Option]]:
+        """Return plans by the name of their budget, each an option for every layer as ``allocate`` gives it."""
+
+
+@runtime_checkable
 class TimedAllocator(Allocator, Protocol):
     """An allocator that may count the time that layers take."""
 

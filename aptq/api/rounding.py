@@ -121,6 +121,18 @@ class RoundableFormat(Format, Protocol):
 
 
 @runtime_checkable
+class TransformFormat(Format, Protocol):
+    """A format that can say whether rounding in a transform's basis makes it better, all else equal.
+
+    ``transform=auto`` goes by it; formats that do not say so keep the model's own basis.
+    """
+
+    @property
+    def gains_by_transforms(self) -> bool:
+        """Whether it does with its present options."""
+
+
+@runtime_checkable
 class FormatSet(Format, Protocol):
     """A format that is several: each layer is stored in the one that its ``Option.format`` names."""
 

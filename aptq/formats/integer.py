@@ -42,6 +42,11 @@ class Integer:
         if self.clip not in _CLIPS:
             raise AptqError(f"format.clip={self.clip!r} is not known; use one of {', '.join(_CLIPS)}.")
 
+    @property
+    def gains_by_transforms(self) -> bool:
+        """True: evenly spaced levels suit rows without outliers (docs/transforms.md)."""
+        return True
+
     def check(self, option: Option, shape: tuple[int, int]) -> None:
         """Raise ``AptqError`` for bits outside 2-8 or a meaningless group size; every shape is served."""
         del shape

@@ -73,6 +73,11 @@ class LevelFormat:
         if self.code not in WIDTHS:
             raise AptqError(f"format.code={self.code!r} is not known; use one of {', '.join(WIDTHS)}.")
 
+    @property
+    def gains_by_transforms(self) -> bool:
+        """True of normal floats, since weights in another basis are close to normal (docs/transforms.md)."""
+        return self.code == "normal"
+
     def check(self, option: Option, shape: tuple[int, int]) -> None:
         """Raise ``AptqError`` for bits that the code has not or a meaningless group size; every shape is served."""
         del shape

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aptq.api import AptqError, Format, FormatSet, Grid, Option, QuantizedWeight, format_of
+from aptq.api import AptqError, Format, FormatSet, Grid, Option, QuantizedWeight, TransformFormat, format_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class Mixed:
     def group_size(self) -> int:
         """Group size of the first format."""
         return next(iter(self.formats.values())).group_size
+
+    @property
+    def gains_by_transforms(self) -> bool:
+        """Whether each of them does: there is one basis for all."""
+        return all(isinstance(each, TransformFormat) and each.gains_by_transforms for each in self.formats.values())
 
     def check(self, option: Option, shape: tuple[int, int]) -> None:
         """Raise ``AptqError`` when the option's format cannot store a layer of this shape so, or is not there."""
