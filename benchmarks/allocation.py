@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from autoround import plans
+import peer_plans
 from environments import DEFAULT_CACHE
 from tables import as_rich, markdown_table
 
@@ -29,6 +29,7 @@ from runs import Job, add_options, console, footer, full_precision, mean_and_ran
 HERE = Path(__file__).resolve().parent
 UNIFORM = "the same bits everywhere"
 AUTOROUND = "AutoRound's own plan"
+MODELOPT = "ModelOpt's own plan"
 MIXED = "output, integers and AFPQ in one plan"
 MIXED_VECTORS = "output, integers, AFPQ and VPTQ in one plan"
 _OVERHEAD = 0.297
@@ -66,6 +67,7 @@ ROWS: dict[str, list[str]] = {
     "output, labels of the text (ModelOpt's score)": [*_KNAPSACK, "metric=output", "metric.labels=data"],
     "gradient, absolute (AutoRound's score)": [*_KNAPSACK, "metric=gradient"],
     AUTOROUND: ["plan=..."],  # of AutoScheme in AutoRound's own environment, nothing tuned
+    MODELOPT: ["plan=..."],  # of auto_quantize in ModelOpt's own environment
     "gradient, squared": [*_KNAPSACK, "metric=gradient", "metric.form=squared", "metric.labels=model"],
     "error": [*_KNAPSACK, "metric=error"],
     "trace times error (HAWQ-V2)": [*_KNAPSACK, "metric=trace_error"],
@@ -76,10 +78,13 @@ ROTATED = "Hadamard"
 """The same beside ``transform=hadamard``, which all of such rows have."""
 _ROTATED = (
     *(UNIFORM, "output (default)", "output, labels of the text (ModelOpt's score)", "traces, 2 and 4 bits (APTQ)"),
-    *("gradient, absolute (AutoRound's score)", AUTOROUND),
+    *("gradient, absolute (AutoRound's score)", AUTOROUND, MODELOPT),
 )
 ROWS |= {f"{row}, {ROTATED}": [*ROWS[row], "transform=hadamard"] for row in _ROTATED}
 ROWS[f"{MIXED}, {ROTATED}"] = [*(word for word in ROWS[MIXED] if word != _PREDICTED), "transform=hadamard"]
+
+_OWN = {AUTOROUND: peer_plans.AUTOROUND, MODELOPT: peer_plans.MODELOPT}
+"""Who makes the plans of a row, and of the same row with rotated inputs."""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -110,10 +115,10 @@ def words(row: str, budget: float) -> list[str] | None:
 def jobs(options: argparse.Namespace, folder: Path) -> Iterator[Job]:
     """Yield the runs that were asked for; those of one row share what they measure.
 
-    AutoRound's plans are made in ``folder`` when their turn comes.
+    Peers' plans are made in ``folder`` when their turn comes.
     """
     for seed, row in product(options.seeds, options.rows):
-        own = _autoround(options, row, seed, folder) if "plan=..." in ROWS[row] else {}
+        own = _own_plans(options, row, seed, folder) if "plan=..." in ROWS[row] else {}
         for number, budget in enumerate(options.budgets):
             job = words(row, budget)
             if job is None:
@@ -132,15 +137,17 @@ def jobs(options: argparse.Namespace, folder: Path) -> Iterator[Job]:
             )
 
 
-def _autoround(options: argparse.Namespace, row: str, seed: int, folder: Path) -> dict[float, Path]:
-    """Return AutoRound's plans by budget, but for runs that are on record."""
+def _own_plans(options: argparse.Namespace, row: str, seed: int, folder: Path) -> dict[float, Path]:
+    """Return a peer's plans by budget, but for runs that are on record; rows of one peer and seed share them."""
     if options.json.exists():
         known = json.loads(options.json.read_text(encoding="utf-8"))["results"]
         done = {each["budget"] for each in known if (each["row"], each["seed"]) == (row, seed)}
         if done >= set(options.budgets):
             return dict.fromkeys(options.budgets, folder)  # they are not run again
-    (place := folder / f"{list(ROWS).index(row)}-{seed}").mkdir()
-    return plans(
+    peer = _OWN[row.removesuffix(f", {ROTATED}")]
+    (place := folder / f"{peer.name}-{seed}").mkdir(exist_ok=True)
+    return peer_plans.plans(
+        peer,
         model=options.model,
         calibration=options.calibration,
         budgets=options.budgets,
@@ -197,9 +204,11 @@ def as_markdown(record: Mapping[str, Any]) -> str:
         f"{record['sequences']} sequences of {record['length']} tokens of each text; full precision: {told}. Spearman: "
         "correlation of what the metric predicts with the measured divergence, over random plans of one size. The "
         "scores of AutoRound and ModelOpt are taken with our rounding, so that the choice of bits alone is compared; "
-        "AutoRound's own plan is what its AutoScheme chooses (texts of the same file, nothing tuned), rounded "
-        "by our quantizer. ModelOpt has no widths below 4 bits, and so no plan of its own here. *Hadamard*: everything "
-        "in that row, scores and rounding, with rotated inputs.",
+        "AutoRound's own plan is what its AutoScheme chooses (texts of the same file, nothing tuned), ModelOpt's what "
+        "its auto_quantize chooses by the gradient (the same samples, its symmetric integers in groups of 64, of which "
+        "2 bits tell three levels apart, one width for layers that it fuses); both are rounded by our quantizer. "
+        "*Hadamard*: everything in that row, scores and rounding, with rotated inputs, except that peers' own plans "
+        "are those of the plain rows.",
     ]
     for budget in sorted({each["budget"] for each in record["results"]}):
         parts += [f"## {budget:g} bits", markdown_table(*table(record, budget))]
