@@ -24,6 +24,9 @@ CHOSEN, UNIFORM, RANDOM = "chosen", "uniform", "random"
 _SPREAD = 1.5
 """Largest standard deviation of random log sensitivities: about one bit more or less, for each of three influences."""
 
+_SMALLEST = 0.5
+"""Of what a budget allows beyond the smallest plan of all, the share that a random plan may use at least."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
@@ -34,10 +37,11 @@ class Candidate:
 
 
 def candidates(problem: Allocation, chosen: Mapping[str, Option], count: int, seed: int) -> list[Candidate]:
-    """Return the chosen plan, the best uniform one that is no larger, and ``count`` random ones of its size.
+    """Return the chosen plan, the best uniform one that is no larger, and ``count`` random ones that are no larger.
 
     A random plan is the best one for sensitivities that are drawn for each kind of layer, along the depth and for each
-    layer by itself, more and more different ones: from plans that are nearly uniform to wild ones.
+    layer by itself, more and more different ones: from plans that are nearly uniform to wild ones. Its size is drawn
+    as well, so that a metric has to tell more than a plan's size does.
     """
     size = _stored(problem, chosen)
     found = [Candidate(kind=CHOSEN, plan=chosen)]
@@ -47,7 +51,10 @@ def candidates(problem: Allocation, chosen: Mapping[str, Option], count: int, se
         found.append(Candidate(kind=UNIFORM, plan=max(fitting, key=lambda plan: _stored(problem, plan))))
     rng = np.random.default_rng(seed)
     spreads = [_SPREAD * (number + 1) / count for number in range(count)]
-    found += [Candidate(kind=RANDOM, plan=_random_plan(problem, size, rng, spread)) for spread in spreads]
+    smallest = int(stored_sizes(problem).min(axis=1).sum())
+    for spread in spreads:
+        limit = smallest + math.ceil(rng.uniform(_SMALLEST, 1.0) * (size - smallest))
+        found.append(Candidate(kind=RANDOM, plan=_random_plan(problem, limit, rng, spread)))
     return found
 
 

@@ -202,7 +202,7 @@ def as_markdown(record: Mapping[str, Any]) -> str:
         f"{record['model']} in float32, layers at 2, 3, 4 or 8 bits, asymmetric integers, group size 64, the default "
         f"quantizer; {record['samples']} calibration samples of {record['length']} tokens, perplexity on "
         f"{record['sequences']} sequences of {record['length']} tokens of each text; full precision: {told}. Spearman: "
-        "correlation of what the metric predicts with the measured divergence, over random plans of one size. The "
+        "correlation of what the metric predicts with the measured divergence, over random plans. The "
         "scores of AutoRound and ModelOpt are taken with our rounding, so that the choice of bits alone is compared; "
         "AutoRound's own plan is what its AutoScheme chooses (texts of the same file, nothing tuned), ModelOpt's what "
         "its auto_quantize chooses by the gradient (the same samples, its symmetric integers in groups of 64, of which "

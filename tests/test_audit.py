@@ -24,8 +24,11 @@ def test_candidates_are_feasible_different_and_repeatable() -> None:
     found = candidates(problem, chosen, 8, seed=0)
     assert [each.kind for each in found] == ["chosen", "uniform", *["random"] * 8]
     assert {option.bits for option in found[1].plan.values()} == {3}
-    limit = _size(problem, found[0])
-    assert all(0.9 * limit < _size(problem, each) <= limit for each in found)
+    limit, smallest = _size(problem, found[0]), sum(min(options.values()) for options in problem.storage_bits.values())
+    sizes = [_size(problem, each) for each in found]
+    assert all(smallest < size <= limit for size in sizes)
+    random = sizes[2:]
+    assert max(random) - min(random) > 0.1 * (limit - smallest)
     assert len({tuple(each.plan.values()) for each in found}) == 10
     assert found == candidates(problem, chosen, 8, seed=0) != candidates(problem, chosen, 8, seed=1)
 
