@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import platform
-import resource
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,6 +18,7 @@ from aptq.chosen_backends import chosen_backends
 from aptq.data import evaluation_texts
 from aptq.layer import dense_weights
 from aptq.settings import DataSettings
+from aptq.stages import Stages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,33 +118,23 @@ def _prompts(texts: Sequence[EvaluationText], number: int) -> list[torch.Tensor]
     return prompts
 
 
-def resources(model: Path, original_bytes: int, seconds: Mapping[str, float], device: torch.device) -> dict[str, Any]:
+def resources(model: Path, original_bytes: int, stages: Stages) -> dict[str, Any]:
     """Return what every run tells of its sizes, times, peak memory and versions, as ``metrics.json`` names them.
 
     Args:
         model: folder of the quantized model.
         original_bytes: size of the original's tensors.
-        seconds: of each stage.
-        device: that was worked on.
+        stages: of the run.
     """
     return {
         "bytes": {
             "model": sum(path.stat().st_size for path in model.glob("*.safetensors")),
             "original": original_bytes,
         },
-        "seconds": dict(seconds),
-        **memory(device),
+        "seconds": dict(stages.seconds),
+        "memory": dict(stages.memory),
+        **stages.peaks(),
         "versions": versions(),
-    }
-
-
-def memory(device: torch.device) -> dict[str, int | None]:
-    """Return the peak memory of this process in bytes: resident, and on the device where there is one."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return {
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        "peak_device_bytes": peak,
     }
 
 

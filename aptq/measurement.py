@@ -20,7 +20,8 @@ from aptq.locks import turn
 
 if TYPE_CHECKING:
     from aptq.calibration.walk import Walk
-    from aptq.pipeline import Experiment, Stages
+    from aptq.pipeline import Experiment
+    from aptq.stages import Stages
 
 AUDIT, DIVERGENCE, SEARCH = "audit", "divergence", "search"
 """Stages that hold plans against the model."""

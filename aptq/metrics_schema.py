@@ -88,6 +88,13 @@ def _is_backends(value: Any) -> bool:
     )
 
 
+def _is_memory(value: Any) -> bool:
+    keys = ("peak_rss_bytes", "peak_device_bytes")
+    return isinstance(value, Mapping) and all(
+        _object(each, lambda peak: peak is None or _count(peak), *keys) for each in value.values()
+    )
+
+
 _Rule = tuple[str, Callable[[Any], bool]]
 _MEASURE: _Rule = ("an object of numbers by text", _is_measure)
 _SCHEMA: dict[str, _Rule] = {
@@ -103,5 +110,6 @@ _SCHEMA: dict[str, _Rule] = {
 _OPTIONAL: dict[str, _Rule] = {
     "audit": ('{"spearman", "slope", "plans"}', lambda value: isinstance(value, Mapping)),
     "backends": ('a list of {"backend", "layers", "options", "refusals"}', _is_backends),
+    "memory": ('{"peak_rss_bytes", "peak_device_bytes"} by stage', _is_memory),
     "samples": ('a list of {"prompt", "original", "quantized"}', _is_samples),
 }

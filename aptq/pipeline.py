@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from aptq.api import (
     ActivationQuantizer,
     Allocator,
-    Callback,
     Evaluator,
     Exporter,
     ExportJob,
@@ -46,6 +43,7 @@ from aptq.preflight import check_model, preflight
 from aptq.run import Run
 from aptq.run_folder import EXPORTS
 from aptq.settings import DataSettings, ModelSettings, RunSettings
+from aptq.stages import Stages
 from aptq.targets import Target
 from aptq.verify import CHECKED, verify
 
@@ -106,23 +104,6 @@ class Experiment:
         return Option(self.measure_bits, format.group_size, name)
 
 
-class Stages:
-    """Times the stages of a run and tells callbacks about them."""
-
-    def __init__(self, callbacks: Callback) -> None:
-        self.callbacks = callbacks
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str, total: int = 1, unit: str = "step") -> Iterator[None]:
-        """Run a stage of ``total`` units of work."""
-        self.callbacks.on_stage_start(stage=stage, total=total, unit=unit)
-        started = time.perf_counter()
-        yield
-        self.seconds[stage] = time.perf_counter() - started
-        self.callbacks.on_stage_end(stage=stage, seconds=self.seconds[stage])
-
-
 def quantize_model(experiment: Experiment, on_open: Callable[[Path], None] | None = None) -> Run:
     """Run an experiment and return its run folder; an interrupted one is taken up where it stopped.
 
@@ -160,7 +141,7 @@ def _run_stages(
     options: Sequence[Option],
     given: Plan | None,
 ) -> dict[str, Any]:
-    stages = Stages(experiment.callbacks)
+    stages = Stages(experiment.callbacks, experiment.fabric.device)
     if source.resident_reason:
         _log.info("The whole model is held in memory: %s", source.resident_reason)
     samples = calibration_samples(experiment.data, source.tokenizer)
@@ -276,7 +257,7 @@ def _finish(experiment: Experiment, source: ModelSource, run: Run, stages: Stage
         **judged,
         **({} if audit is None else {"audit": audit}),
         "bits": average_bits(experiment.format, source.layer_shapes(), plan.layers),
-        **resources(run.model_folder, source.num_bytes, stages.seconds, experiment.fabric.device),
+        **resources(run.model_folder, source.num_bytes, stages),
     }
     run.write_metrics(metrics)
     run.finish(keep_blocks=experiment.run.keep_blocks)

@@ -17,7 +17,8 @@ from aptq.plan import Plan
 
 if TYPE_CHECKING:
     from aptq.calibration.walk import Walk
-    from aptq.pipeline import Experiment, Stages
+    from aptq.pipeline import Experiment
+    from aptq.stages import Stages
 
 _log = logging.getLogger(__name__)
 

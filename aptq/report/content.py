@@ -73,6 +73,16 @@ class BackendUse:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage of the run: how long it took, and the most memory that the process had in it."""
+
+    name: str
+    seconds: float
+    memory: int | None  # resident bytes; None in runs of older versions
+    device_memory: int | None  # None where there is no device beside the CPU
+
+
+@dataclass(frozen=True, kw_only=True)
 class Content:
     """Everything on the page."""
 
@@ -82,7 +92,7 @@ class Content:
     judged: list[Judged]
     metrics: Mapping[str, Any]  # empty while the run is not finished
     budget: Mapping[str, Any]
-    stages: list[tuple[str, float]]
+    stages: list[Stage]
     layers: list[LayerReport]
     bits: Map | None
     errors: Map | None
@@ -120,7 +130,7 @@ def collect(run: Run) -> Content:
         judged=_judged(metrics),
         metrics=metrics,
         budget=plan.budget if plan is not None else {},
-        stages=sorted(metrics.get("seconds", {}).items(), key=lambda item: -item[1]),
+        stages=_stages(metrics),
         layers=layers,
         bits=_map(bits, _tell_bits, logarithmic=False),
         errors=_map(errors, lambda value: f"{value:.2e}", logarithmic=True),
@@ -145,6 +155,21 @@ def _costs(sensitivity: Costs, weights: Mapping[str, int]) -> dict[str, float]:
         for name, options in sensitivity.items()
         if name in weights and options[min(options)][1] > 0
     }
+
+
+def _stages(metrics: Mapping[str, Any]) -> list[Stage]:
+    """Return the stages, the longest first."""
+    memory = metrics.get("memory", {})
+    found = [
+        Stage(
+            name=name,
+            seconds=seconds,
+            memory=memory.get(name, {}).get("peak_rss_bytes"),
+            device_memory=memory.get(name, {}).get("peak_device_bytes"),
+        )
+        for name, seconds in metrics.get("seconds", {}).items()
+    ]
+    return sorted(found, key=lambda stage: -stage.seconds)
 
 
 def _judged(metrics: Mapping[str, Any]) -> list[Judged]:

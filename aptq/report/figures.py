@@ -126,7 +126,7 @@ def _plain(figure: Figure, axes: Axes) -> bytes:
 
 
 def _stages(content: Content) -> bytes:
-    names, seconds = zip(*content.stages[::-1], strict=True)
+    names, seconds = zip(*((stage.name, stage.seconds) for stage in content.stages[::-1]), strict=True)
     figure = Figure(figsize=(7.0, 1.3 + 0.32 * len(names)))
     axes = figure.add_subplot()
     bars = axes.barh(names, seconds, color=_BLUE, height=0.6)

@@ -39,6 +39,7 @@ class Audit:
 
     points: list[tuple[str, float, float]]  # kind, predicted, measured
     spearman: float | None
+    size_spearman: float | None  # of "smaller is worse"
     slope: float | None
 
 
@@ -84,4 +85,7 @@ def audit_of(metrics: Mapping[str, Any]) -> Audit | None:
         for row in rows
         if isinstance(row, Mapping) and row.keys() >= {"kind", "predicted", "measured"}
     ]
-    return Audit(points=points, spearman=found.get("spearman"), slope=found.get("slope")) if points else None
+    if not points:
+        return None
+    figures = {key: found.get(key) for key in ("spearman", "size_spearman", "slope")}
+    return Audit(points=points, **figures)

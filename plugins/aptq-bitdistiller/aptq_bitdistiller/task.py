@@ -26,12 +26,12 @@ from aptq.judge import STAGE as EVALUATE
 from aptq.judge import Judge, resources
 from aptq.layer import PackedLinear
 from aptq.models import ModelSource, open_model
-from aptq.pipeline import Stages
 from aptq.plan import Plan
 from aptq.planning import average_bits
 from aptq.report import write_report
 from aptq.run import Run
 from aptq.settings import DataSettings, ModelSettings, RunSettings
+from aptq.stages import Stages
 from aptq_bitdistiller.curve import draw, table
 from aptq_bitdistiller.student import StudentLinear, enroll, trainable_format
 from aptq_bitdistiller.text import Text, TextSettings, generated, given
@@ -95,7 +95,7 @@ def distil(config: DictConfig | list[str], on_open: Callable[[Path], None] | Non
             shutil.rmtree(checkpoints, ignore_errors=True)
         job.callbacks.on_run_start(folder=new.folder, config=job.record)
         new.save_plan(job.plan)
-        stages = Stages(job.callbacks)
+        stages = Stages(job.callbacks, job.device)
         if not new.model_folder.is_dir():
             _train(job, new, stages)
         metrics = _judge(job, new, stages)
@@ -226,7 +226,7 @@ def _judge(job: _Job, new: Run, stages: Stages) -> dict[str, Any]:
     return {
         **judged,
         "bits": average_bits(job.quantized.format, job.quantized.shapes, job.quantized.plan),
-        **resources(new.model_folder, before["bytes"]["original"], stages.seconds, job.device),
+        **resources(new.model_folder, before["bytes"]["original"], stages),
     }
 
 
