@@ -96,7 +96,7 @@ class Content:
     layers: list[LayerReport]
     bits: Map | None
     errors: Map | None
-    costs: Map | None  # predicted, a weight, at the fewest bits
+    costs: list[tuple[str, Map]]  # predicted, a weight, by option, from the fewest bits on
     trade_off: TradeOff | None
     audit: Audit | None
     widths: list[Width]
@@ -134,7 +134,7 @@ def collect(run: Run) -> Content:
         layers=layers,
         bits=_map(bits, _tell_bits, logarithmic=False),
         errors=_map(errors, lambda value: f"{value:.2e}", logarithmic=True),
-        costs=_map(_costs(sensitivity, weights), lambda value: f"{value:.2e}", logarithmic=True),
+        costs=_costs(sensitivity, weights),
         trade_off=None if plan is None else trade_off(sensitivity, plan.layers, weights),
         audit=audit_of(metrics),
         widths=_widths(options, weights),
@@ -148,13 +148,18 @@ def collect(run: Run) -> Content:
     )
 
 
-def _costs(sensitivity: Costs, weights: Mapping[str, int]) -> dict[str, float]:
-    """Return what each layer is predicted to cost at its fewest bits, per weight."""
-    return {
-        name: options[min(options)][1] / weights[name]
-        for name, options in sensitivity.items()
-        if name in weights and options[min(options)][1] > 0
-    }
+def _costs(sensitivity: Costs, weights: Mapping[str, int]) -> list[tuple[str, Map]]:
+    """Return what each layer is predicted to cost per weight, a map for each option that has costs."""
+    maps = []
+    for option, label in option_labels({option for options in sensitivity.values() for option in options}).items():
+        costs = {
+            name: options[option][1] / weights[name]
+            for name, options in sensitivity.items()
+            if name in weights and option in options and options[option][1] > 0
+        }
+        if (drawn := _map(costs, lambda value: f"{value:.2e}", logarithmic=True)) is not None:
+            maps.append((label, drawn))
+    return maps
 
 
 def _stages(metrics: Mapping[str, Any]) -> list[Stage]:
