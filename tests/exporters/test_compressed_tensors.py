@@ -63,7 +63,7 @@ def test_a_finished_run_is_exported_and_judged_by_the_command_line(
     run: Callable[..., aptq.Run], tmp_path: Path
 ) -> None:
     pytest.importorskip("compressed_tensors")
-    done = run()
+    done = run("transform=none")
     folder = export([f"run={done.folder}", "exporter=compressed_tensors"])
     assert folder == done.folder / "exports" / "compressed_tensors"
     text = tmp_path / "text.txt"
