@@ -26,6 +26,16 @@ def check_metrics(metrics: Mapping[str, Any]) -> None:
         raise AptqError(f"These are no metrics of a run: {'; '.join(faults)}.")
 
 
+def measures(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the keys that are measures of the quantized model, each a figure by text: perplexity and evaluators' own."""
+    others = {*_SCHEMA, *_OPTIONAL} - {"perplexity"}
+    return [
+        key
+        for key, value in metrics.items()
+        if isinstance(value, Mapping) and key not in others and not key.startswith("baseline_")
+    ]
+
+
 def finite(value: Any) -> Any:
     """Return a value as JSON can hold it: figures that are not finite as None."""
     if isinstance(value, Mapping):

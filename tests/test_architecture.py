@@ -25,6 +25,8 @@ ALSO = {
     # Native code has no component's name, and its package stands by itself.
     "aptq.backends": {"aptq.kernels.cpu", "aptq.kernels.triton"},
     "aptq.transforms": {"aptq.kernels.cpu", "aptq.kernels.operators"},
+    # The search for the best codes of a trellis is native code.
+    "aptq.formats": {"aptq.kernels.cpu"},
     # Which module is the attention, and which layers are in it, is read from the model in one place.
     "aptq.hessians": {"aptq.models.structure"},
     # Inputs are rounded by the functions on tensors that weights are rounded by.

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from aptq.errors import AptqError
-from aptq.metrics_schema import check_metrics
+from aptq.metrics_schema import check_metrics, measures
 
 METRICS: dict[str, Any] = {
     "perplexity": {"c4": 40.5},
@@ -34,6 +34,7 @@ def test_metrics_may_have_samples_an_audit_and_other_measures() -> None:
     audit = {"spearman": 0.9, "slope": 1.0, "plans": 5}
     check_metrics(METRICS | {"samples": samples, "audit": audit, "accuracy": {"arc": 0.3}, "perplexity": {}})
     check_metrics(METRICS | {"backends": BACKENDS})
+    check_metrics(METRICS | {"memory": {"quantize": {"peak_rss_bytes": 900, "peak_device_bytes": None}}})
 
 
 @pytest.mark.parametrize(
@@ -63,3 +64,8 @@ def test_metrics_of_another_shape_are_refused(change: dict[str, Any], told: str)
 def test_missing_metrics_are_named() -> None:
     with pytest.raises(AptqError, match=r"perplexity is missing; .*versions is missing"):
         check_metrics({})
+
+
+def test_measures_are_told_from_what_else_a_run_tells() -> None:
+    metrics = {**METRICS, "accuracy": {"piqa": 0.7}, "baseline_accuracy": {"piqa": 0.8}, "memory": {}, "audit": {}}
+    assert measures(metrics) == ["perplexity", "accuracy"]

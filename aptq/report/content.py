@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aptq.api import LayerReport, Option
+from aptq.metrics_schema import measures
 from aptq.names import place
 from aptq.plan import option_labels
 from aptq.report.sensitivity import Audit, Costs, TradeOff, audit_of, trade_off
@@ -17,7 +18,6 @@ from aptq.run_folder import CONFIG
 
 _WORST = 10
 _EVENTS = 200
-_NO_MEASURE = {"bits", "bytes", "seconds", "versions", "audit"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,13 +178,8 @@ def _stages(metrics: Mapping[str, Any]) -> list[Stage]:
 
 
 def _judged(metrics: Mapping[str, Any]) -> list[Judged]:
-    measures = [
-        key
-        for key, value in metrics.items()
-        if isinstance(value, Mapping) and key not in _NO_MEASURE and not key.startswith("baseline_")
-    ]
     found = []
-    for measure in measures:
+    for measure in measures(metrics):
         after, before = metrics[measure], metrics.get(f"baseline_{measure}", {})
         for text in dict.fromkeys([*after, *before]):
             if text in after:

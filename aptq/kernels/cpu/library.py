@@ -76,7 +76,10 @@ class Library:
         self._dense.argtypes = [_POINTER, _INT, _INT, _POINTER, _INT, _INT, _INT]
         self._rotate = library.aptq_rotate
         self._rotate.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT]
-        self._multiply.restype = self._dense.restype = self._rotate.restype = None
+        self._trellis = library.aptq_trellis
+        self._trellis.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT]
+        for function in (self._multiply, self._dense, self._rotate, self._trellis):
+            function.restype = None
         library.aptq_fast_bytes.restype = _INT
         self.fast_bytes: bool = library.aptq_fast_bytes() == 1
         """Whether a product of bytes is one instruction here: with it, integers beat any dense float32 product."""
@@ -107,6 +110,20 @@ class Library:
         at = x.data_ptr(), signs.data_ptr(), matrix.data_ptr(), y.data_ptr()
         self._rotate(*at, rows, width, matrix.shape[0], TYPES[x.dtype], torch.get_num_threads())
         return y
+
+    def trellis(self, values: Tensor, scales: Tensor, table: Tensor, bits: int) -> Tensor:
+        """Return the codes, uint8 ``[columns, rows]``, of the path of least squared error for each column.
+
+        Args:
+            values: float32 ``[columns, rows]``, contiguous and finite.
+            scales: of each value, likewise.
+            table: what each state stands for, float32 ``[2^state_bits]``, contiguous.
+            bits: of a code, 1 to 8 and no more than a state has.
+        """
+        codes, (columns, rows) = torch.empty_like(values, dtype=torch.uint8), values.shape
+        at = values.data_ptr(), scales.data_ptr(), table.data_ptr(), codes.data_ptr()
+        self._trellis(*at, columns, rows, bits, table.numel().bit_length() - 1, torch.get_num_threads())
+        return codes
 
     def dense(self, layer: Packed, begin: int, end: int, room: Tensor) -> Tensor:
         """Write ``W^T [in, end - begin]`` of some outputs into ``room`` and return that part of it.

@@ -3,6 +3,7 @@
 #include "integer.h"
 #include "pool.h"
 #include "rotate.h"
+#include "trellis.h"
 
 // Memory that is given back, aligned for vectors.
 template <class Element>
@@ -114,6 +115,17 @@ void aptq_rotate(const void* x, const float* signs, const float* matrix, void* y
         Buffer<float> held(width), sums(width);
         for (int64_t row = slab * each; row < rows && row < (slab + 1) * each; row++)
             rotate_row(x, type, row * width, signs, matrix, parts, width, held.data, sums.data, y);
+    });
+}
+
+// codes [columns, rows]: of the path of least error for each column of values and scales [columns, rows]; see trellis.h.
+void aptq_trellis(const float* values, const float* scales, const float* table, uint8_t* codes, int64_t columns,
+                  int64_t rows, int64_t bits, int64_t state_bits, int64_t threads) {
+    in_parallel(columns, threads, [&](int64_t column) {
+        by_bits(bits, [&](auto width) {
+            best_path<width.value>(values + column * rows, scales + column * rows, table, rows, state_bits,
+                                   codes + column * rows);
+        });
     });
 }
 
