@@ -27,7 +27,7 @@ def check_metrics(metrics: Mapping[str, Any]) -> None:
 
 
 def measures(metrics: Mapping[str, Any]) -> list[str]:
-    """Return the keys that are measures of the quantized model, each a figure by text: perplexity and evaluators' own."""
+    """Return the keys that are measures of the quantized model: figures by text, perplexity and evaluators' own."""
     others = {*_SCHEMA, *_OPTIONAL} - {"perplexity"}
     return [
         key
