@@ -94,6 +94,12 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     return codes.view(units * UNIT, out_features)[:in_features].T
 
 
+def unpack_inputs(packed: Tensor, bits: int, inputs: Tensor) -> Tensor:
+    """Return the codes ``[out, n]`` of some inputs (``[n]``, int64) of what :func:`pack` gave, reading their units."""
+    codes = unpack(packed[inputs // UNIT], bits, len(inputs) * UNIT)
+    return codes[:, torch.arange(len(inputs), device=packed.device) * UNIT + inputs % UNIT]
+
+
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Pack codes ``[rows, n]`` in ``[0, 2^bits)``, bits up to 32, into int32 ``[rows, ceil(n bits / 32)]``.
 

@@ -53,11 +53,13 @@ from aptq.api.model import (
 from aptq.api.results import (
     ActivationExporter,
     Callback,
+    EmbeddingExporter,
     EvaluationText,
     Evaluator,
     Exporter,
     ExportJob,
     LayerReport,
+    StoredEmbedding,
     TransformExporter,
 )
 from aptq.api.rounding import (
@@ -72,6 +74,7 @@ from aptq.api.rounding import (
     RefitGrid,
     RoundableFormat,
     Rounded,
+    RowFormat,
     format_of,
 )
 from aptq.api.transforms import (
@@ -99,6 +102,7 @@ __all__ = [
     "DriftEstimator",
     "DriftObserver",
     "DriftQuantizer",
+    "EmbeddingExporter",
     "EntryGrid",
     "EvaluationText",
     "Evaluator",
@@ -126,8 +130,10 @@ __all__ = [
     "RefitGrid",
     "RoundableFormat",
     "Rounded",
+    "RowFormat",
     "SensitivityMetric",
     "SequentialEstimator",
+    "StoredEmbedding",
     "TimedAllocator",
     "Transform",
     "TransformExporter",

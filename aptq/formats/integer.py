@@ -145,6 +145,20 @@ class Integer:
             parameters["zeros"] = packing.unpack(tensors["qzeros"], option.bits, shape[0])
         return QuantizedWeight(codes=packing.unpack(tensors["qweight"], option.bits, shape[1]), parameters=parameters)
 
+    def unpack_rows(
+        self, tensors: Mapping[str, Tensor], option: Option, rows: Tensor, in_features: int
+    ) -> QuantizedWeight:
+        """Invert ``pack`` for some rows alone; see ``aptq.api.RowFormat``."""
+        parameters = {
+            name: tensor.index_select(-1, rows) if tensor.ndim > 1 else tensor  # a unit is of all scales
+            for name, tensor in tensors.items()
+            if name not in ("qweight", "qzeros")
+        }
+        if not self.symmetric:
+            parameters["zeros"] = packing.unpack_inputs(tensors["qzeros"], option.bits, rows)
+        codes = packing.unpack(tensors["qweight"].index_select(-1, rows), option.bits, in_features)
+        return QuantizedWeight(codes=codes, parameters=parameters)
+
     def packed_layout(self, option: Option, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return shape and dtype of the tensors that ``pack`` gives."""
         out_features, in_features = shape
