@@ -94,7 +94,8 @@ def _build_model(config: PreTrainedConfig) -> Any:
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return ``make(family="llama", **config_overrides) -> Path``: a folder with a tiny seeded model and a tokenizer.
 
-    Families: llama (tied), llama_untied, qwen2, qwen3, mistral, gemma2, gemma3, phi, opt, gpt2, mixtral, qwen3_moe, qwen2_moe.
+    Families: llama (tied), llama_untied, qwen2, qwen3, mistral, gemma2, gemma3, phi, opt, gpt2, mixtral, qwen3_moe,
+    qwen2_moe.
     Hidden 64, 3 blocks, 260 tokens, 256 positions, float32; ``dtype="bfloat16"`` is an override like any other.
     Folders are shared by the whole session: copy one before changing a file in it.
     """

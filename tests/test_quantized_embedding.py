@@ -214,6 +214,7 @@ def test_a_finished_run_is_evaluated_exported_and_reported(overrides: Overrides,
     run = aptq.quantize(overrides())
     arguments = [each for each in overrides() if each.startswith(("data", "evaluator", "fabric", "callback"))]
     kept = [each for each in arguments if not each.startswith(("data.num_samples", "data.batch", "data.seq"))]
+    kept.append("evaluator.sequence_length=64")
     from aptq.experiment import evaluate, export
     from aptq.report import write_report
 
