@@ -138,3 +138,12 @@ def test_a_tied_head_follows_the_embedding_to_another_device() -> None:
     assert head(torch.empty(2, 72, device="meta")).shape == (2, 75)
     assert head.choice is not None
     assert head._spec.device.type == "meta"
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_embedding_and_tied_head_trace_as_one_graph() -> None:
+    embedding, _ = make(Option(3, 32))
+    model = nn.Sequential(embedding, tied(embedding))
+    ids = torch.tensor([[1, 2, 70]])
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(ids), model(ids))

@@ -146,7 +146,14 @@ def test_a_budget_of_the_whole_model_counts_the_packed_table(family: str, head: 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize(
-    "more", [["prefix=full_precision"], ["quantizer=gptaq"], ["true_sequential=false", "transform=hadamard"]]
+    "more",
+    [
+        ["prefix=full_precision"],
+        ["quantizer=gptaq"],
+        ["true_sequential=false", "transform=hadamard"],
+        ["model.dtype=bfloat16", "activation=block_scaled"],
+        ["hessian=loss", "metric=output", "allocator=knapsack", "allocator.budget=3.5", "audit=2"],
+    ],
 )
 def test_other_ways_to_calibrate_end_in_a_model_that_agrees(family: str, more: list[str], overrides: Overrides) -> None:
     run = aptq.quantize(overrides(*more, "model.quantize_embeddings=3", family=family))
