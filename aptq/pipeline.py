@@ -27,7 +27,7 @@ from aptq.api import (
     SensitivityMetric,
     Transform,
 )
-from aptq.calibration.embedding import TableCoding, packed_modules
+from aptq.calibration.embedding import TableCoding, behind_embedding
 from aptq.calibration.guidance import STAGE as GRADIENTS
 from aptq.calibration.guidance import measure_guidance
 from aptq.calibration.quantize import STAGE as QUANTIZE
@@ -223,20 +223,12 @@ def _quantize(experiment: Experiment, walk: Walk, run: Run, stages: Stages, plan
         transform=experiment.transform,
     )
     with stages(QUANTIZE, blocks, "block"):
-        quantized = _with_embedding(experiment, walk)
+        quantized = behind_embedding(walk, experiment.embedding)
         reports = quantize(walk if recipe.prefix != "quantized" else quantized, recipe, run, experiment.callbacks)
     if experiment.fabric.global_rank == 0:
         run.write_layers_csv(reports)
         with stages("export"):
             _export(experiment, quantized, run, recipe)
-
-
-def _with_embedding(experiment: Experiment, walk: Walk) -> Walk:
-    """Return the walk with the embedding, and a head that is tied to it, as they will be stored."""
-    if experiment.embedding is None or walk.source.embedding is None:
-        return walk
-    experiment.callbacks.on_advance(stage=QUANTIZE, done=0, detail=walk.source.embedding.name)
-    return walk.between(packed_modules(walk.source, experiment.embedding, experiment.fabric))
 
 
 def _export(experiment: Experiment, walk: Walk, run: Run, recipe: Recipe) -> None:

@@ -237,6 +237,30 @@ def test_a_finished_run_is_evaluated_exported_and_reported(overrides: Overrides,
     assert "The embedding, beside them, has 8 bits of code a weight" in write_report(run.folder).read_text()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head": 3}, "quantization_config.embedding must have name, bits, group_size and format"),
+        ({"colour": "red"}, "quantization_config.embedding must have name"),
+        ({"format": {"group_size": 64}}, "quantization_config.embedding must have name"),
+        ({"bits": 9}, "2 to 8 bits"),
+        ({"format": {"name": "float"}}, "Format float cannot unpack single rows"),
+        ({"name": "model.words"}, "says that model.words is a packed embedding, and LlamaForCausalLM has none there"),
+        ({"name": "model.norm"}, "LlamaForCausalLM has a LlamaRMSNorm there"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(changes: dict[str, Any], message: str, overrides: Overrides) -> None:
+    run = aptq.quantize(overrides("evaluator=none"))
+    path = run.model_folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["embedding"] |= changes
+    if changes.get("format", {}).get("name") == "float":
+        config["quantization_config"]["embedding"]["bits"] = 4
+    path.write_text(json.dumps(config))
+    with pytest.raises(AptqError, match=message):
+        aptq.load(run.model_folder)
+
+
 _FRESH = """
 import sys, torch
 from transformers import AutoModelForCausalLM

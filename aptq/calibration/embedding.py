@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from aptq.api import AptqError, Format, Option, QuantizedWeight, StoredEmbedding
 from aptq.calibration.distribute import broadcast_tensors
+from aptq.calibration.walk import Walk
 from aptq.embedding import PackedEmbedding
 from aptq.layer import PackedLinear
 from aptq.models.embedding import TokenEmbedding
@@ -63,6 +64,11 @@ def round_table(table: Tensor, coding: TableCoding) -> dict[str, Tensor]:
     # Scales and zero points are [groups, rows].
     joined = {name: torch.cat([each[name] for each in parameters], dim=-1) for name in parameters[0]}
     return coding.format.pack(QuantizedWeight(codes=torch.cat(codes), parameters=joined), coding.option)
+
+
+def behind_embedding(walk: Walk, coding: TableCoding | None) -> Walk:
+    """Return a walk with the embedding, and a head that is tied to it, as they will be stored; None: as it is."""
+    return walk if coding is None else walk.between(packed_modules(walk.source, coding, walk.fabric))
 
 
 def packed_modules(source: ModelSource, coding: TableCoding, fabric: Fabric) -> dict[str, nn.Module]:
