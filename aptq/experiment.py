@@ -14,10 +14,11 @@ from lightning.fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
 from aptq import registry
-from aptq.api import Backend, Exporter
+from aptq.api import Backend, Exporter, Option
 from aptq.backends.select import installed_backends
 from aptq.basis import chosen_transform
 from aptq.benchmark import Benchmark, Result, run_benchmark
+from aptq.calibration.embedding import TableCoding
 from aptq.callbacks import Callbacks
 from aptq.config import compose, to_settings
 from aptq.data import check_data, evaluation_texts
@@ -27,7 +28,7 @@ from aptq.files import new_folder, write_bytes, write_json
 from aptq.finished import job_of, open_for_use
 from aptq.models import open_model
 from aptq.pipeline import Experiment, quantize_model
-from aptq.preflight import check_stores_inputs
+from aptq.preflight import check_stores_embedding, check_stores_inputs
 from aptq.run import Run
 from aptq.settings import DataSettings, ModelSettings, RunSettings
 from aptq.targets import fuses, get_target
@@ -71,8 +72,10 @@ def build_experiment(config: DictConfig) -> Experiment:
     exporters = _exporters(plain["exporter"])
     chosen = chosen_transform(plain.get("transform") or {}, components["format"], exporters)
     plain["transform"] = chosen  # what is on record says no "auto"
+    model = to_settings(ModelSettings, plain["model"], "model")
     return Experiment(
-        model=to_settings(ModelSettings, plain["model"], "model"),
+        model=model,
+        embedding=_embedding(model),
         data=to_settings(DataSettings, plain["data"], "data"),
         run=run,
         **components,
@@ -105,6 +108,21 @@ _COMPONENTS = {
     "format": "format",
     "quantizer": "quantizer",
 }
+
+
+def _embedding(model: ModelSettings) -> TableCoding | None:
+    """Return how the input embedding is stored: by an integer grid, whatever the format of the layers is."""
+    bits, size = model.quantize_embeddings, model.embedding_group_size
+    if bits is None:
+        return None
+    if not 2 <= bits <= 8:
+        raise AptqError(f"model.quantize_embeddings={bits} is not allowed; use 2 to 8 bits, or null for none.")
+    if size != -1 and size < 1:
+        raise AptqError(f"model.embedding_group_size={size} is not allowed; use -1 (a whole row) or a positive size.")
+    config: dict[str, Any] = {"name": "integer", "group_size": size, "symmetric": False, "scale_dtype": "float16"}
+    return TableCoding(
+        format=registry.build("format", config), option=Option(bits, size, config["name"]), config=config
+    )
 
 
 def _exporters(config: Mapping[str, Any]) -> dict[str, Exporter]:
@@ -188,6 +206,7 @@ def export(config: DictConfig | Sequence[str]) -> Path:
     exporter = registry.build("exporter", plain["exporter"])
     options = sorted(set(job.plan.values()))
     check_stores_inputs(exporter, plain["exporter"]["name"], job.activation_config, job.transform_config)
+    check_stores_embedding(exporter, plain["exporter"]["name"], None if job.embedding is None else job.embedding.option)
     exporter.check(job.format, job.format_config["name"], options, shapes=job.shapes, config=job.config)
     with new_folder(output, "the exported model") as draft:
         exporter.export(job, draft)

@@ -57,6 +57,7 @@ def job_of(run: Run) -> ExportJob:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig  # heavy
 
     from aptq.hf import load
+    from aptq.hf_config import AptqConfig
 
     folder = run.model_folder
     files = sorted(folder.glob("*.safetensors"))
@@ -68,7 +69,10 @@ def job_of(run: Run) -> ExportJob:
     if quantization.get("quant_method") != "aptq":
         raise AptqError(f"{folder} was not written by the native exporter, which is the one that can be read again.")
     where = {name: file for file in files for name in _names(file)}
+    embedding = AptqConfig(**quantization).stored_embedding()
     packed_names: dict[str, list[str]] = {layer: [] for layer in plan.layers}
+    if embedding is not None:
+        packed_names[embedding.name] = []
     other_names: list[str] = []
     for name in where:
         layer, _, short = name.rpartition(".")
@@ -87,7 +91,7 @@ def job_of(run: Run) -> ExportJob:
     shapes = {
         name: (module.out_features, module.in_features)
         for name, module in skeleton.named_modules()
-        if isinstance(module, PackedLinear)
+        if isinstance(module, PackedLinear) and name in plan.layers  # a tied head is not
     }
     return ExportJob(
         plan=plan.layers,
@@ -104,6 +108,7 @@ def job_of(run: Run) -> ExportJob:
         provenance=quantization.get("provenance", {}),
         activation_config=quantization.get("activation"),
         transform_config=quantization.get("transform"),
+        embedding=embedding,
     )
 
 

@@ -7,7 +7,7 @@ imported at the top; the last line registers the two classes with it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,12 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from aptq import registry
-from aptq.api import ActivationQuantizer, AptqError, Format, Option, Transform, format_of
+from aptq.api import ActivationQuantizer, AptqError, Format, Option, StoredEmbedding, Transform, format_of
 from aptq.backends.select import installed_backends
+from aptq.embedding import PackedEmbedding
 from aptq.hf_config import METHOD, AptqConfig
 from aptq.layer import PackedLinear
+from aptq.packed import PackedModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,8 +71,13 @@ class AptqHfQuantizer(HfQuantizer):
         options = _resolve(model, config.options())
         for name, option in options.items():
             _swap(model, name, option, format_of(format, option), dtype, activation, transform)
-            self._packed.update(f"{name}.{tensor}" for tensor in _packed_linear(model, name).packed_names)
-        _untie(model, options)
+            self._packed.update(f"{name}.{tensor}" for tensor in _packed_module(model, name).packed_names)
+        untied = set(options)
+        if (embedding := config.stored_embedding()) is not None:
+            name, head = _swap_embedding(model, embedding, dtype)
+            self._packed.update(f"{name}.{tensor}" for tensor in _packed_module(model, name).packed_names)
+            untied |= {name, head or name}
+        _untie(model, untied)
         _check_files(checkpoint_files or (), self._packed, model.base_model_prefix)
         return model
 
@@ -184,15 +191,48 @@ def _swap(
         parent._is_hf_initialized = True  # type: ignore[assignment]
 
 
-def _packed_linear(model: nn.Module, name: str) -> PackedLinear:
+def _packed_module(model: nn.Module, name: str) -> PackedModule:
     module = model.get_submodule(name)
-    assert isinstance(module, PackedLinear)
+    assert isinstance(module, PackedModule)
     return module
 
 
-def _untie(model: PreTrainedModel, options: Mapping[str, Option]) -> None:
-    """Let a packed output head go its own way: it has no weight left to share with the embeddings."""
-    tied = [key for key in model.all_tied_weights_keys if key.rpartition(".")[0] in options]
+def _swap_embedding(
+    model: PreTrainedModel, stored: StoredEmbedding, dtype: torch.dtype | None
+) -> tuple[str, str | None]:
+    """Replace the input embedding, and a head that is tied to it, without memory; return their names here."""
+    present = dict(model.named_modules())
+    name = stored.name if stored.name in present else stored.name.removeprefix(f"{model.base_model_prefix}.")
+    module = present.get(name)
+    if not isinstance(module, nn.Embedding):
+        raise AptqError(
+            f"quantization_config says that {stored.name} is a packed embedding, and {type(model).__name__} has "
+            f"{'none' if module is None else f'a {type(module).__name__}'} there. Load it with the class that it was "
+            "saved from, and the transformers release that its provenance names."
+        )
+    how: dict[str, Any] = {
+        "format": registry.build("format", stored.format_config),
+        "format_name": stored.option.format,
+        "option": stored.option,
+        "dtype": dtype,
+    }
+    rows, columns = module.weight.shape
+    with torch.device("meta"):
+        packed = PackedEmbedding(rows, columns, scale=stored.scale, **how)
+    model.set_submodule(name, packed)
+    head = None if stored.head is None else present.get(stored.head)
+    if not isinstance(head, nn.Linear):  # not there in the base of a model
+        return name, None
+    with torch.device("meta"):
+        tied = PackedLinear(columns, rows, bias=head.bias is not None, holder=packed, **how)
+    model.set_submodule(stored.head or "", tied)
+    return name, stored.head
+
+
+def _untie(model: PreTrainedModel, names: Collection[str]) -> None:
+    """Let packed output heads and embeddings go their own ways: they have no weight left that could be shared."""
+    ties = model.all_tied_weights_keys.items()
+    tied = [key for key, origin in ties if {key.rpartition(".")[0], origin.rpartition(".")[0]} & set(names)]
     for key in tied:
         del model.all_tied_weights_keys[key]
     if tied and not model.all_tied_weights_keys:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from aptq.api import AptqError, Option
+from aptq.api import AptqError, Option, StoredEmbedding
 
 METHOD = "aptq"
 """The ``quant_method`` of checkpoints."""
@@ -27,6 +27,8 @@ class AptqConfig(QuantizationConfigMixin):
         provenance: how the checkpoint was made; free-form, JSON.
         activation: name and options of what quantizes the packed layers' inputs; none by default.
         transform: name and options of the basis that the layers are stored in; the model's own by default.
+        embedding: the input embedding, where it is packed: ``{"name", "bits", "group_size", "format"}`` with the name
+            and options of its format, and perhaps the "scale" of its rows and the name of the "head" tied to it.
         backend: what multiplies the packed layers, a name or a mapping with name and options; never stored.
 
     Raises:
@@ -44,6 +46,7 @@ class AptqConfig(QuantizationConfigMixin):
         provenance: Mapping[str, Any] | None = None,
         activation: Mapping[str, Any] | None = None,
         transform: Mapping[str, Any] | None = None,
+        embedding: Mapping[str, Any] | None = None,
         backend: str | Mapping[str, Any] = "auto",
         quant_method: str = METHOD,
         **unknown: Any,
@@ -68,8 +71,10 @@ class AptqConfig(QuantizationConfigMixin):
         self.provenance = dict(provenance or {})
         self.activation = None if activation is None else dict(activation)
         self.transform = None if transform is None else dict(transform)
+        self.embedding = None if embedding is None else dict(embedding)
         self.backend = backend
         self.options()
+        self.stored_embedding()
 
     def options(self) -> dict[str, Option]:
         """Return the option of every packed layer."""
@@ -84,6 +89,27 @@ class AptqConfig(QuantizationConfigMixin):
             options[name] = Option(**full)
         return options
 
+    def stored_embedding(self) -> StoredEmbedding | None:
+        """Return how the input embedding is packed, if it is."""
+        if self.embedding is None:
+            return None
+        entry: dict[str, Any] = {"scale": None, "head": None, **self.embedding}
+        kinds: dict[str, tuple[type, ...]] = {"name": (str,), "bits": (int,), "group_size": (int,), "format": (dict,)}
+        kinds |= {"scale": (float, type(None)), "head": (str, type(None))}
+        fits = entry.keys() == kinds.keys() and all(isinstance(entry[key], kind) for key, kind in kinds.items())
+        if not fits or not isinstance(entry["format"].get("name"), str):
+            raise AptqError(
+                "quantization_config.embedding must have name, bits, group_size and format, a mapping with a name, and "
+                f"perhaps scale and head; got {self.embedding!r}."
+            )
+        return StoredEmbedding(
+            name=entry["name"],
+            option=Option(entry["bits"], entry["group_size"], entry["format"]["name"]),
+            format_config=entry["format"],
+            scale=entry["scale"],
+            head=entry["head"],
+        )
+
     @classmethod
     def from_plan(
         cls,
@@ -92,6 +118,7 @@ class AptqConfig(QuantizationConfigMixin):
         provenance: Mapping[str, Any],
         activation_config: Mapping[str, Any] | None = None,
         transform_config: Mapping[str, Any] | None = None,
+        embedding: StoredEmbedding | None = None,
     ) -> AptqConfig:
         """Make the entry for a finished quantization."""
         only = ("", format_config["name"])
@@ -101,10 +128,28 @@ class AptqConfig(QuantizationConfigMixin):
             for name, option in plan.items()
         }
         return cls(
-            format_config, layers, provenance=provenance, activation=activation_config, transform=transform_config
+            format_config,
+            layers,
+            provenance=provenance,
+            activation=activation_config,
+            transform=transform_config,
+            embedding=None if embedding is None else _embedding_entry(embedding),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``config.json`` stores."""
-        left_out = {"backend", *(name for name in ("activation", "transform") if getattr(self, name) is None)}
+        optional = ("activation", "transform", "embedding")
+        left_out = {"backend", *(name for name in optional if getattr(self, name) is None)}
         return copy.deepcopy({name: value for name, value in vars(self).items() if name not in left_out})
+
+
+def _embedding_entry(embedding: StoredEmbedding) -> dict[str, Any]:
+    entry = {
+        "name": embedding.name,
+        "bits": embedding.option.bits,
+        "group_size": embedding.option.group_size,
+        "format": dict(embedding.format_config),
+        "scale": embedding.scale,
+        "head": embedding.head,
+    }
+    return {key: value for key, value in entry.items() if value is not None}

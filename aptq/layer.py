@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,17 @@ from torch.nn import functional
 
 from aptq.api import ActivationQuantizer, AptqError, Backend, Format, LayerSpec, Option, Transform
 from aptq.backends.select import Choice, choose_backend
+from aptq.packed import PackedModule
 
 _PREPACKED = "prepacked_"
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(PackedModule):
     """``y = x W^T + b`` with ``W [out, in]``, or ``W T`` of a transform, stored as the packed tensors of a format.
 
-    The packed tensors are buffers under the names that ``format.packed_layout`` gives, so that the state dict of a
-    loaded model is the checkpoint again. What a backend makes of them at load is kept beside them, out of the state
-    dict; tensors that a backend uses as they are stay shared.
+    The packed tensors are buffers (see ``PackedModule``), so that the state dict of a loaded model is the checkpoint
+    again; a head that is tied to a packed embedding has none, and multiplies by the embedding's. What a backend makes
+    of them at load is kept beside them, out of the state dict; tensors that a backend uses as they are stay shared.
 
     Args:
         in_features: width of the input.
@@ -34,6 +35,7 @@ class PackedLinear(nn.Module):
         dtype: of the activations; default: torch's default dtype.
         activation: what quantizes the inputs; default: nothing.
         transform: the basis that the weight is stored in, and inputs are quantized in; default: the model's own.
+        holder: the packed embedding whose table ``[out, in]`` is the weight; default: the layer has its own.
 
     Raises:
         AptqError: when the format cannot store a layer of this shape at this option, or inputs of this width cannot be
@@ -52,40 +54,24 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype | None = None,
         activation: ActivationQuantizer | None = None,
         transform: Transform | None = None,
+        holder: PackedModule | None = None,
     ) -> None:
-        super().__init__()
+        shape = (out_features, in_features)
+        super().__init__(shape, format=format, format_name=format_name, option=option, dtype=dtype, holder=holder)
         self.in_features = in_features
         self.out_features = out_features
-        self.format = format
-        self.format_name = format_name
-        self.option = option
-        self.dtype = dtype or torch.get_default_dtype()
         self.activation = activation
         self.transform = transform
-        format.check(option, (out_features, in_features))
         if activation is not None:
             activation.check(in_features)
         if transform is not None:
             transform.check(in_features)
-        layout = format.packed_layout(option, (out_features, in_features))
-        for name, (shape, stored) in layout.items():
-            self.register_buffer(name, torch.zeros(shape, dtype=stored))
-        self.packed_names = tuple(layout)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype)) if bias else None
         self.choice: Choice | None = None  # of select_backend
         self._requested: str | Mapping[str, Any] = "auto"
         self._installed: Mapping[str, Backend] | None = None
         self._spec = self._make_spec()
         self._reads: dict[str, str] = {}  # name that the backend reads -> attribute that holds it
-
-    def packed(self) -> dict[str, Tensor]:
-        """Return the tensors of the checkpoint by name."""
-        return {name: self.get_buffer(name) for name in self.packed_names}
-
-    def stored(self) -> Tensor:
-        """Return the weight ``[out, in]`` in float32 that the packed tensors stand for, in the transform's basis."""
-        shape = (self.out_features, self.in_features)
-        return self.format.dequantize(self.format.unpack(self.packed(), self.option, shape), self.option)
 
     def dense(self) -> Tensor:
         """Return ``W [out, in]`` in float32: what is stored, in the model's own basis."""
@@ -125,11 +111,25 @@ class PackedLinear(nn.Module):
                 "This packed layer has no backend yet: load the model with from_pretrained or aptq.load, "
                 "or call select_backend() after loading its tensors."
             )
+        if self._holders:
+            return self._forward_tied(x)
         buffers = self._buffers  # get_buffer() takes as long as a small product
         tensors = {name: buffers[attribute] for name, attribute in self._reads.items()}
         if self.transform is not None:
             x = self.transform.apply(x)
         y = self.choice.backend.matmul(x, tensors, self._spec)  # type: ignore[arg-type]  # each is a tensor
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _forward_tied(self, x: Tensor) -> Tensor:
+        """Multiply where the embedding is: it is moved by itself, in a model on several devices to another one."""
+        if self._spec.device != self.device:
+            self.select_backend(self._requested, self._installed)
+        assert self.choice is not None
+        tensors = {
+            name: (self if attribute.startswith(_PREPACKED) else self.holder).get_buffer(attribute)
+            for name, attribute in self._reads.items()
+        }
+        y = self.choice.backend.matmul(x.to(self.device), tensors, self._spec).to(x.device)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -150,7 +150,7 @@ class PackedLinear(nn.Module):
             format_name=self.format_name,
             option=self.option,
             dtype=self.dtype,
-            device=self.get_buffer(self.packed_names[0]).device,
+            device=self.device,
             activation=self.activation,
         )
 
@@ -160,18 +160,12 @@ class PackedLinear(nn.Module):
                 delattr(self, attribute)
         self._reads, self.choice = {}, None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """Move, but never cast, what the checkpoint holds: scales rounded to another dtype would be other weights."""
-        packed = self.packed()
-        device = self._spec.device
-        cast = fn(torch.empty(0, dtype=self.dtype, device=self.get_buffer(self.packed_names[0]).device))
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in packed.items():
-            moved = self.get_buffer(name)
-            self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-        changed = cast.dtype != self.dtype or cast.device != device
-        self.dtype = cast.dtype
-        if changed and self.choice is not None and cast.device.type != "meta":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the layer, and choose a backend for the place where it is then."""
+        device, dtype = self._spec.device, self.dtype
+        super()._apply(fn, recurse)
+        changed = self.dtype != dtype or self.device != device
+        if changed and self.choice is not None and self.device.type != "meta":
             self.select_backend(self._requested, self._installed)
         return self
 

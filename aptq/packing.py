@@ -94,6 +94,39 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     return codes.view(units * UNIT, out_features)[:in_features].T
 
 
+@cache
+def _planes(bits: int, device: torch.device) -> tuple[tuple[Tensor, Tensor, int, int], ...]:
+    """Return, for every plane, the words ``[UNIT]`` and shifts ``[UNIT, 1]`` of all codes, its lowest bit and width."""
+    planes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for _, word, shift, low, width in _fields(bits):
+        planes.setdefault((low, width), []).append((word, shift))
+    return tuple(
+        (
+            torch.tensor([word for word, _ in places], device=device),
+            torch.tensor([[shift] for _, shift in places], dtype=torch.int32, device=device),
+            low,
+            width,
+        )
+        for (low, width), places in planes.items()
+    )
+
+
+def unpack_few(packed: Tensor, bits: int, in_features: int) -> Tensor:
+    """Do what :func:`unpack` does in a few operations and four times the memory: for a few outputs."""
+    units, _, out_features = packed.shape
+    codes = torch.zeros(units, UNIT, out_features, dtype=torch.int32, device=packed.device)
+    for words, shifts, low, width in _planes(bits, packed.device):
+        codes |= ((packed[:, words] >> shifts) & ((1 << width) - 1)) << low
+    narrow = codes.to(torch.uint8 if bits <= 8 else torch.int32)
+    return narrow.view(units * UNIT, out_features)[:in_features].T
+
+
+def unpack_inputs(packed: Tensor, bits: int, inputs: Tensor) -> Tensor:
+    """Return the codes ``[out, n]`` of some inputs (``[n]``, int64) of what :func:`pack` gave, reading their units."""
+    codes = unpack_few(packed[inputs // UNIT], bits, len(inputs) * UNIT)
+    return codes[:, torch.arange(len(inputs), device=packed.device) * UNIT + inputs % UNIT]
+
+
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Pack codes ``[rows, n]`` in ``[0, 2^bits)``, bits up to 32, into int32 ``[rows, ceil(n bits / 32)]``.
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from aptq.api import (
     ActivationQuantizer,
     Allocator,
@@ -22,6 +24,7 @@ from aptq.api import (
     SensitivityMetric,
     Transform,
 )
+from aptq.calibration.embedding import TableCoding, behind_embedding
 from aptq.calibration.guidance import STAGE as GRADIENTS
 from aptq.calibration.guidance import measure_guidance
 from aptq.calibration.quantize import STAGE as QUANTIZE
@@ -31,6 +34,7 @@ from aptq.calibration.walk import Walk
 from aptq.callbacks import Callbacks
 from aptq.data import calibration_samples
 from aptq.decode_times import DecodeTimes
+from aptq.embedding import PackedEmbedding
 from aptq.files import new_folder
 from aptq.judge import STAGE as EVALUATE
 from aptq.judge import Judge, resources, versions
@@ -74,6 +78,7 @@ class Experiment:
     config: Mapping[str, Any]  # the resolved config, as it is recorded
     activation: ActivationQuantizer | None = None  # what quantizes the layers' inputs
     transform: Transform | None = None  # the basis that weights are rounded in, and inputs quantized
+    embedding: TableCoding | None = None  # how the input embedding is stored; None: as it is
     plan_path: Path | None = None
     audit: int = 0  # plans to hold the metric's predictions against
     measure_bits: int | None = None  # of the blocks that pass 1 leaves behind it; None: full precision
@@ -201,11 +206,12 @@ def _quantize(experiment: Experiment, walk: Walk, run: Run, stages: Stages, plan
         transform=experiment.transform,
     )
     with stages(QUANTIZE, blocks, "block"):
-        reports = quantize(walk, recipe, run, experiment.callbacks)
+        quantized = behind_embedding(walk, experiment.embedding)
+        reports = quantize(walk if recipe.prefix != "quantized" else quantized, recipe, run, experiment.callbacks)
     if experiment.fabric.global_rank == 0:
         run.write_layers_csv(reports)
         with stages("export"):
-            _export(experiment, walk, run, recipe)
+            _export(experiment, quantized, run, recipe)
 
 
 def _export(experiment: Experiment, walk: Walk, run: Run, recipe: Recipe) -> None:
@@ -214,12 +220,13 @@ def _export(experiment: Experiment, walk: Walk, run: Run, recipe: Recipe) -> Non
     # So it has where inputs are quantized: another order of sums would be enough for another code here and there.
     quantized = recipe.prefix == "quantized" and recipe.activation is None
     expected = walk.logits(CHECKED) if quantized else stored_logits(walk.beginning(1, CHECKED), recipe, run)
+    coding, found = experiment.embedding, walk.source.embedding
     job = ExportJob(
         plan=recipe.plan,
         shapes=walk.source.layer_shapes(),
         format=experiment.format,
         format_config=experiment.config["format"],
-        packed=run.packed,
+        packed=lambda name: _packed(name, walk, run),
         full_precision=walk.source.other_tensors,
         config=walk.source.config,
         generation_config=walk.source.generation_config,
@@ -227,6 +234,7 @@ def _export(experiment: Experiment, walk: Walk, run: Run, recipe: Recipe) -> Non
         provenance={"versions": versions(), "model": experiment.model.path, "seed": experiment.data.seed},
         activation_config=experiment.config.get("activation") or None,
         transform_config=experiment.config.get("transform") or None,
+        embedding=None if coding is None or found is None else coding.of(found),
     )
     (_, native), *others = experiment.exporters.items()
     for name, exporter in others:  # first, so that a run with its model has all
@@ -237,6 +245,12 @@ def _export(experiment: Experiment, walk: Walk, run: Run, recipe: Recipe) -> Non
     with new_folder(run.model_folder, "the model") as draft:
         native.export(job, draft)
         verify(draft, walk, expected, experiment.backend)
+
+
+def _packed(name: str, walk: Walk, run: Run) -> Mapping[str, Tensor]:
+    """Return what is stored of a layer, or of the embedding, which no block has."""
+    module = walk.outside.get(name)
+    return module.packed() if isinstance(module, PackedEmbedding) else run.packed(name)
 
 
 def _finish(experiment: Experiment, source: ModelSource, run: Run, stages: Stages, plan: Plan) -> dict[str, Any]:

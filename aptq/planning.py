@@ -17,6 +17,7 @@ from aptq.plan import Plan
 
 if TYPE_CHECKING:
     from aptq.calibration.walk import Walk
+    from aptq.models import ModelSource
     from aptq.pipeline import Experiment
     from aptq.stages import Stages
 
@@ -102,7 +103,7 @@ def _problem(
         options=options,
         costs=costs,
         storage_bits=sizes,
-        other_bytes=source.other_bytes,
+        other_bytes=source.other_bytes + embedding_bytes(experiment, source),
         seconds={} if experiment.decode_times is None else experiment.decode_times.of(shapes, options),
         fused=fused,
     )
@@ -167,7 +168,18 @@ def budget(
     given = experiment.plan_path
     origin = {"allocator": experiment.config["allocator"]} if given is None else {"plan": str(given)}
     bits = average_bits(experiment.format, shapes, layers)
-    return {**origin, **{f"{which}_bits": average for which, average in bits.items()}}
+    coding = experiment.embedding
+    beside = (
+        {} if coding is None else {"embedding": {"bits": coding.option.bits, "group_size": coding.option.group_size}}
+    )
+    return {**origin, **{f"{which}_bits": average for which, average in bits.items()}, **beside}
+
+
+def embedding_bytes(experiment: Experiment, source: ModelSource) -> int:
+    """Return what a quantized embedding takes on disk; 0 where it is none, and among ``other_bytes``."""
+    if experiment.embedding is None or source.embedding is None:
+        return 0
+    return storage_bits(experiment.embedding.format, experiment.embedding.option, source.embedding.shape) // 8
 
 
 def average_bits(format: Format, shapes: Mapping[str, tuple[int, int]], plan: Mapping[str, Option]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from aptq.api import (
     AptqError,
     DivergenceMetric,
     DriftEstimator,
+    EmbeddingExporter,
     Exporter,
     GroupedAllocator,
     LossMetric,
@@ -53,6 +54,8 @@ def check_model(
         for each in (experiment.activation, experiment.transform):
             if each is not None:
                 each.check(width)
+    if experiment.embedding is not None and source.embedding is not None:
+        experiment.embedding.check(source.embedding)
     experiment.target.check(options, shapes)
     for exporter in experiment.exporters.values():
         exporter.check(experiment.format, experiment.format_name, options, shapes=shapes, config=source.config)
@@ -79,6 +82,7 @@ def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
         _check_activations(experiment)
     for name, exporter in experiment.exporters.items():
         check_stores_inputs(exporter, name, experiment.config.get("activation"), experiment.config.get("transform"))
+        check_stores_embedding(exporter, name, None if experiment.embedding is None else experiment.embedding.option)
     predicts = experiment.plan_path is None and experiment.allocator.needs_costs
     if (
         predicts
@@ -181,6 +185,15 @@ def check_stores_inputs(
         raise AptqError(
             f"exporter={name} cannot store that a layer's inputs are transformed (transform={transform['name']}), so "
             "its readers would multiply them as they are; use exporter=native, or quantize with transform=none."
+        )
+
+
+def check_stores_embedding(exporter: Exporter, name: str, option: Option | None) -> None:
+    """Raise ``AptqError`` when an exporter cannot write an embedding packed at an option; None: it need not."""
+    if option is not None and not (isinstance(exporter, EmbeddingExporter) and exporter.stores_embeddings):
+        raise AptqError(
+            f"exporter={name} cannot store a packed embedding (model.quantize_embeddings={option.bits}), since its "
+            "readers know none; use exporter=native, or model.quantize_embeddings=null."
         )
 
 

@@ -18,6 +18,8 @@ class ModelSettings:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     quantize_head: bool = False
+    quantize_embeddings: int | None = None  # bits of the input embedding, and of a head that is tied to it; null: none
+    embedding_group_size: int = 64  # of its scales and zero points; -1: one a row
     skip: list[str] = field(default_factory=list)  # layers left in full precision: glob patterns of full names
 
 

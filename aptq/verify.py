@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from aptq.api import AptqError
 from aptq.backends.select import installed_backends
 from aptq.calibration.walk import Walk
 from aptq.layer import PackedLinear
-from aptq.models.opening import assign
+from aptq.models.opening import assign, exchanged
 from aptq.models.weights import Checkpoint, Piece, Recipe
 
 _log = logging.getLogger(__name__)
@@ -32,12 +32,12 @@ def verify(folder: Path, walk: Walk, expected: Tensor, backend: str | Mapping[st
     """Hold a written model against the quantized one in memory.
 
     transformers loads it as it would for a user, but for the data; its files hold the tensors of that model and no
-    others; what was not quantized is as it was, bit for bit; and the beginning of a sample, sent block by block
-    through the packed layers, ends in the same logits.
+    others; what was not quantized, and an embedding that was, is as it was, bit for bit; and the beginning of a sample,
+    sent block by block through the packed layers, ends in the same logits.
 
     Args:
         folder: the written model.
-        walk: the walk that its calibration took.
+        walk: the walk that its calibration took, with the quantized embedding if there is one.
         expected: logits ``[1, tokens, vocabulary]`` (``Walk.logits``) of the quantized model for the first ``CHECKED``
             tokens of the first sample, from weights that were never written by an exporter.
         backend: what multiplies the packed layers.
@@ -54,10 +54,11 @@ def verify(folder: Path, walk: Walk, expected: Tensor, backend: str | Mapping[st
     skeleton = load(folder, backend=backend, device_map={"": "meta"})
     written.check_names(set(skeleton.state_dict()) - set(skeleton.all_tied_weights_keys))
     for name, tensor in walk.source.other_tensors():
-        if not torch.equal(written.read([name])[name], tensor.cpu()):
-            raise AptqError(f"{name} in the written model is not what it was before. {_FAULT}")
-    layers = {name: module for name, module in skeleton.named_modules() if isinstance(module, PackedLinear)}
-    found = _logits(walk.beginning(1, CHECKED), layers, written, backend)
+        _check_same(name, tensor, written)
+    for name, module in walk.outside.items():
+        for short, tensor in module.state_dict().items():
+            _check_same(f"{name}.{short}", tensor, written)
+    found = _logits(walk.beginning(1, CHECKED), skeleton, written, backend)
     difference: float = ((found - expected).abs().max() / expected.abs().max()).item()
     if not difference <= _TOLERANCE.get(walk.source.dtype, 1e-1):
         raise AptqError(
@@ -89,37 +90,33 @@ class _Written:
             )
 
 
-def _logits(
-    walk: Walk, layers: Mapping[str, PackedLinear], written: _Written, backend: str | Mapping[str, Any]
-) -> Tensor:
-    """Send a walk through the packed layers and return its logits."""
+def _check_same(name: str, tensor: Tensor, written: _Written) -> None:
+    if not torch.equal(written.read([name])[name], tensor.cpu()):
+        raise AptqError(f"{name} in the written model is not what it was before. {_FAULT}")
 
+
+def _logits(walk: Walk, skeleton: nn.Module, written: _Written, backend: str | Mapping[str, Any]) -> Tensor:
+    """Send a walk through the packed modules of a loaded model without data, and return its logits."""
+    layers = walk.source.layer_shapes()
     installed, _ = installed_backends()
 
-    def packed(names: Iterable[str]) -> AbstractContextManager[None]:
-        filled = {name: copy.deepcopy(layers[name]) for name in names if name in layers}
-        tensors = written.read(f"{name}.{key}" for name, layer in filled.items() for key in layer.state_dict())
-        for name, layer in filled.items():
-            for key in layer.state_dict():
-                assign(layer, key, tensors[f"{name}.{key}"].to(walk.fabric.device))
-            layer.select_backend(backend, installed)
-        return _exchanged(walk.source.model, filled)
+    def filled(names: Iterable[str]) -> dict[str, nn.Module]:
+        modules = copy.deepcopy({name: skeleton.get_submodule(name) for name in names})  # they may share tensors
+        for name, module in modules.items():
+            tensors = written.read(f"{name}.{key}" for key in module.state_dict())
+            for key in module.state_dict():
+                assign(module, key, tensors[f"{name}.{key}"].to(walk.fabric.device))
+        for module in modules.values():
+            if isinstance(module, PackedLinear):
+                module.select_backend(backend, installed)
+        return modules
 
+    def packed(names: Iterable[str]) -> AbstractContextManager[None]:
+        return exchanged(walk.source.model, filled(name for name in names if name in layers))
+
+    walk = walk.between(filled(walk.outside))
     for step in walk.blocks():
         with packed(step.block.layers):
             step.run()
     with packed([walk.source.head_name or ""]):
         return walk.logits()
-
-
-@contextmanager
-def _exchanged(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put other modules in the places of a model's own while the context lasts."""
-    own = {name: model.get_submodule(name) for name in modules}
-    try:
-        for name, module in modules.items():
-            model.set_submodule(name, module)
-        yield
-    finally:
-        for name, module in own.items():
-            model.set_submodule(name, module)

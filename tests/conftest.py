@@ -34,6 +34,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {**_COMMON, "head_dim": 32}),
     "mistral": ("mistral", {**_COMMON, "sliding_window": 32}),
     "gemma2": ("gemma2", {**_COMMON, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32}),
+    "gemma3": ("gemma3_text", {**_COMMON, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32}),
     "phi": ("phi", {**_COMMON, "num_key_value_heads": 4}),
     "opt": (
         "opt",
@@ -93,7 +94,8 @@ def _build_model(config: PreTrainedConfig) -> Any:
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return ``make(family="llama", **config_overrides) -> Path``: a folder with a tiny seeded model and a tokenizer.
 
-    Families: llama (tied), llama_untied, qwen2, qwen3, mistral, gemma2, phi, opt, gpt2, mixtral, qwen3_moe, qwen2_moe.
+    Families: llama (tied), llama_untied, qwen2, qwen3, mistral, gemma2, gemma3, phi, opt, gpt2, mixtral, qwen3_moe,
+    qwen2_moe.
     Hidden 64, 3 blocks, 260 tokens, 256 positions, float32; ``dtype="bfloat16"`` is an override like any other.
     Folders are shared by the whole session: copy one before changing a file in it.
     """

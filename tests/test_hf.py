@@ -305,7 +305,7 @@ def changed(source: Path, folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": {"name": "trellis"}}, r"Unknown format 'trellis'.*integer"),
+        ({"format": {"name": "lattice"}}, r"Unknown format 'lattice'.*integer"),
         ({"format": {"name": "integer", "colour": 3}}, "colour"),
         ({"format": "integer"}, "mapping with a name"),
         ({"activation": "int8"}, "activation must be a mapping with a name"),

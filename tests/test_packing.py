@@ -18,6 +18,11 @@ def test_round_trip(bits: int, out: int, width: int, seed: int) -> None:
     unpacked = packing.unpack(packed, bits, width)
     assert unpacked.dtype == (torch.uint8 if bits <= 8 else torch.int32)
     assert torch.equal(unpacked.long(), codes)
+    few = packing.unpack_few(packed, bits, width)
+    assert few.dtype == unpacked.dtype
+    assert torch.equal(few, unpacked)
+    inputs = torch.randint(width, (7,), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(packing.unpack_inputs(packed, bits, inputs).long(), codes[:, inputs])
 
 
 @pytest.mark.parametrize("bits", range(1, 17))

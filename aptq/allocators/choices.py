@@ -232,7 +232,8 @@ def _refuse(
     free, _ = _extremes(sizes, np.ones_like(allowed), unit, other)
     blame = "" if free > budget or not pin else f" Without allocator.pin it could be had: from {free:.4g} on."
     if count == "model" and other > budget * unit:
-        blame = f" What is not quantized takes {other / unit:.4g} of it (see model.quantize_head)."
+        keys = "model.quantize_embeddings and model.quantize_head"
+        blame = f" What is not among the layers takes {other / unit:.4g} of it (see {keys})."
     elif not blame:
         also = {"code": "", "time": ", or a faster backend"}
         larger = ", or larger groups (format.group_size), whose scales count too"

@@ -54,11 +54,13 @@ from aptq.api.model import (
 from aptq.api.results import (
     ActivationExporter,
     Callback,
+    EmbeddingExporter,
     EvaluationText,
     Evaluator,
     Exporter,
     ExportJob,
     LayerReport,
+    StoredEmbedding,
     TransformExporter,
 )
 from aptq.api.rounding import (
@@ -73,6 +75,7 @@ from aptq.api.rounding import (
     RefitGrid,
     RoundableFormat,
     Rounded,
+    RowFormat,
     TransformFormat,
     format_of,
 )
@@ -101,6 +104,7 @@ __all__ = [
     "DriftEstimator",
     "DriftObserver",
     "DriftQuantizer",
+    "EmbeddingExporter",
     "EntryGrid",
     "EvaluationText",
     "Evaluator",
@@ -129,8 +133,10 @@ __all__ = [
     "RefitGrid",
     "RoundableFormat",
     "Rounded",
+    "RowFormat",
     "SensitivityMetric",
     "SequentialEstimator",
+    "StoredEmbedding",
     "TimedAllocator",
     "Transform",
     "TransformExporter",

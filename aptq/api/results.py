@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoredEmbedding:
+    """An input embedding ``[vocabulary, hidden]`` that is stored packed, as a weight of so many outputs and inputs."""
+
+    name: str
+    option: Option
+    format_config: Mapping[str, Any]  # name and options of its format, as in a config
+    scale: float | None = None  # what the model's own module multiplies rows by
+    head: str | None = None  # name of the linear head that multiplies by the same table
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportJob:
     """A finished quantization that an exporter writes down.
 
@@ -35,6 +46,7 @@ class ExportJob:
     provenance: Mapping[str, Any]
     activation_config: Mapping[str, Any] | None = None  # of what quantizes the layers' inputs, as in the config
     transform_config: Mapping[str, Any] | None = None  # of the basis that the layers are stored in, likewise
+    embedding: StoredEmbedding | None = None  # ``packed`` has it too then, by its name, and ``full_precision`` has not
 
 
 @runtime_checkable
@@ -80,6 +92,18 @@ class TransformExporter(Exporter, Protocol):
 
     @property
     def stores_transforms(self) -> bool:
+        """Whether it does."""
+
+
+@runtime_checkable
+class EmbeddingExporter(Exporter, Protocol):
+    """An exporter that may write an input embedding packed (``ExportJob.embedding``).
+
+    One that does not say so is not given such a model.
+    """
+
+    @property
+    def stores_embeddings(self) -> bool:
         """Whether it does."""
 
 

@@ -133,6 +133,20 @@ class TransformFormat(Format, Protocol):
 
 
 @runtime_checkable
+class RowFormat(Format, Protocol):
+    """A format that unpacks single rows: what a table needs whose rows are looked up."""
+
+    def unpack_rows(
+        self, tensors: Mapping[str, Tensor], option: Option, rows: Tensor, in_features: int
+    ) -> QuantizedWeight:
+        """Invert ``pack`` for some rows of a weight ``[out, in_features]``, and read no others.
+
+        ``rows [n]``, int64, are given in any order, some perhaps twice; ``dequantize`` gives them as ``[n, in]``, bit
+        for bit as in the whole weight.
+        """
+
+
+@runtime_checkable
 class FormatSet(Format, Protocol):
     """A format that is several: each layer is stored in the one that its ``Option.format`` names."""
 

@@ -7,6 +7,7 @@ to the device one at a time, each fed with what the block before made of the cal
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from aptq.api import AptqError, Block, BlockInputs, BlockObserver
 from aptq.calibration.distribute import all_finite
+from aptq.models.opening import exchanged
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -79,13 +81,24 @@ class Walk:
         self._returns_tuple = False
         self.last_hidden: list[Tensor] = []
         self.guidance: Callable[[int], Mapping[str, Tensor]] | None = None  # by index of the block; see ``Block``
+        self.outside: Mapping[str, nn.Module] = {}  # stand in for the model's own around the blocks; see ``between``
         self._last_full_precision: list[Tensor] = []
         # Fabric's precision is for float32 models; others run in the dtype that they were stored in.
         self.autocast = fabric.autocast if source.dtype == torch.float32 else nullcontext
 
     def beginning(self, samples: int, tokens: int | None = None) -> Walk:
         """Return a walk of its own with the first samples, one in a batch, and all or the first tokens of each."""
-        return Walk(self.source, self.samples[:samples, :tokens], 1, self.fabric)
+        return Walk(self.source, self.samples[:samples, :tokens], 1, self.fabric).between(self.outside)
+
+    def between(self, outside: Mapping[str, nn.Module]) -> Walk:
+        """Return this walk with modules in the places of the model's own, by name, before or behind the blocks.
+
+        Such are a quantized embedding and the head that is tied to it. The full-precision activations that ``blocks``
+        sends along do not meet them.
+        """
+        walk = copy.copy(self)
+        walk.outside = outside
+        return walk
 
     def steps(self, *, full_precision: bool = False) -> Iterator[Step]:
         """Yield each block in turn, then the head if it is to be quantized; take and raise what ``blocks`` does."""
@@ -106,7 +119,7 @@ class Walk:
         a step of their own, which has to be run *before* the block's weights change. One more hidden state a sample.
         """
         hidden = self.first_inputs()
-        beside = hidden if full_precision else None
+        beside = None if not full_precision else self.between({}).first_inputs() if self.outside else hidden
         for index in range(len(self.source.block_names)):
             block = self._guided(self.source.load_block(index, self.fabric.device))
             originals = None if beside is None else self.inputs(index, beside)
@@ -158,7 +171,7 @@ class Walk:
     def _run_around(self, batch: Tensor, hidden: Tensor, **options: Any) -> Any:
         """Run the model on a batch with ``hidden`` as what its blocks make of it."""
         stand_ins = _stand_ins(self._modules(), _Recording(), self._returns_tuple, final=hidden)
-        with stand_ins, self.autocast():
+        with exchanged(self.source.model, self.outside), stand_ins, self.autocast():
             return self.source.model(input_ids=batch, use_cache=False, **options)
 
     def finish(
@@ -192,7 +205,8 @@ class Walk:
         hidden = []
         for batch in self._batches:
             record = _Recording()
-            with _stand_ins(self._modules(), record, self._returns_tuple), torch.no_grad():
+            stand_ins = _stand_ins(self._modules(), record, self._returns_tuple)
+            with exchanged(self.source.model, self.outside), stand_ins, torch.no_grad():
                 self.source.model.base_model(input_ids=batch, use_cache=False)
             if record.hidden is None:
                 raise RuntimeError(f"{self.source.block_names[0]} is not called by the model's forward pass")

@@ -34,6 +34,11 @@ class Native(FolderExporter):
         """Yes: the packed layers of a loaded model change the basis of their inputs."""
         return True
 
+    @property
+    def stores_embeddings(self) -> bool:
+        """Yes: a loaded model looks rows up in the packed table."""
+        return True
+
     def check(
         self,
         format: Format,
@@ -61,7 +66,7 @@ class Native(FolderExporter):
             AptqError: when the disk is too small, before or while writing.
         """
         quantization = AptqConfig.from_plan(
-            job.plan, job.format_config, job.provenance, job.activation_config, job.transform_config
+            job.plan, job.format_config, job.provenance, job.activation_config, job.transform_config, job.embedding
         )
         infos = (TensorInfo.of(name, tensor) for name, tensor in _tensors(job))
         write_folder(job, folder, infos, _tensors(job), quantization, self.max_shard_size)
@@ -69,7 +74,7 @@ class Native(FolderExporter):
 
 def _tensors(job: ExportJob) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of the checkpoint; twice the same when called twice."""
-    for layer in job.plan:
+    for layer in (*job.plan, *(() if job.embedding is None else (job.embedding.name,))):
         for name, tensor in job.packed(layer).items():
             yield f"{layer}.{name}", tensor
     yield from job.full_precision()

@@ -128,8 +128,13 @@ class Integer:
         codes = quantized.codes.T.float()  # [in, out]: contiguous when it comes from unpacking
         scales = read_scales(quantized.parameters, self.scale_dtype)
         zeros = quantized.parameters["zeros"].float() if "zeros" in quantized.parameters else None
-        for group, part in enumerate(codes.split(option.group_width(len(codes)))):
-            part.sub_(float(1 << (option.bits - 1)) if zeros is None else zeros[group]).mul_(scales[group])
+        width = option.group_width(len(codes))
+        whole = len(codes) // width
+        parts = [codes[: whole * width].view(whole, width, codes.shape[1])]  # all groups at once, but for a shorter one
+        if len(codes) % width:
+            parts.append(codes[whole * width :][None])
+        for part, at in zip(parts, (slice(whole), slice(whole, None)), strict=False):
+            part.sub_(float(1 << (option.bits - 1)) if zeros is None else zeros[at, None]).mul_(scales[at, None])
         return codes.T
 
     def pack(self, quantized: QuantizedWeight, option: Option) -> dict[str, Tensor]:
@@ -149,6 +154,20 @@ class Integer:
         if not self.symmetric:
             parameters["zeros"] = packing.unpack(tensors["qzeros"], option.bits, shape[0])
         return QuantizedWeight(codes=packing.unpack(tensors["qweight"], option.bits, shape[1]), parameters=parameters)
+
+    def unpack_rows(
+        self, tensors: Mapping[str, Tensor], option: Option, rows: Tensor, in_features: int
+    ) -> QuantizedWeight:
+        """Invert ``pack`` for some rows alone; see ``aptq.api.RowFormat``."""
+        parameters = {
+            name: tensor.index_select(-1, rows) if tensor.ndim > 1 else tensor  # a unit is of all scales
+            for name, tensor in tensors.items()
+            if name not in ("qweight", "qzeros")
+        }
+        if not self.symmetric:
+            parameters["zeros"] = packing.unpack_inputs(tensors["qzeros"], option.bits, rows)
+        codes = packing.unpack_few(tensors["qweight"].index_select(-1, rows), option.bits, in_features)
+        return QuantizedWeight(codes=codes, parameters=parameters)
 
     def packed_layout(self, option: Option, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return shape and dtype of the tensors that ``pack`` gives."""

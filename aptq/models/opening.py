@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pickle import UnpicklingError
 from typing import Any, Protocol, cast
@@ -21,7 +22,7 @@ from aptq.models.structure import find_blocks
 from aptq.models.weights import Checkpoint, NotStreamable, Recipe, parameter_dtypes, plan_recipes, unfuse_recipes
 from aptq.settings import ModelSettings
 
-__all__ = ["Opened", "Store", "assign", "from_pretrained", "open_resident", "open_streamed"]
+__all__ = ["Opened", "Store", "assign", "exchanged", "from_pretrained", "open_resident", "open_streamed"]
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +82,19 @@ def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         module._buffers[leaf] = tensor
+
+
+@contextmanager
+def exchanged(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put other modules in the places of a model's own while the context lasts."""
+    own = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            model.set_submodule(name, module)
+        yield
+    finally:
+        for name, module in own.items():
+            model.set_submodule(name, module)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from aptq.api import Block, Layer
 from aptq.errors import AptqError
+from aptq.models.embedding import find_embedding
 from aptq.models.load import ModelFiles, find_files, load_config
 from aptq.models.memory import trim
 from aptq.models.opening import Opened, assign, from_pretrained, open_resident, open_streamed
@@ -57,6 +58,10 @@ class ModelSource:
         self._blocks = tuple(blocks.values())
         self._head = self._find_head() if settings.quantize_head else None
         self._layers = self._name_layers(blocks)
+        if self._head is not None and not self._layers[self._head.name]:  # model.skip names it
+            self._head = None
+        wanted = settings.quantize_embeddings is not None
+        self.embedding = find_embedding(self.model, set(self.layer_shapes())) if wanted else None
 
     def _name_layers(self, blocks: Mapping[str, nn.Module]) -> dict[str, dict[str, Layer]]:
         of_block = {name: find_layers(block, name) for name, block in blocks.items()}
@@ -116,12 +121,15 @@ class ModelSource:
 
     @property
     def other_bytes(self) -> int:
-        """Bytes of the parameters that are not among the weights of ``layer_shapes``; of a tied head, the embedding."""
+        """Bytes of the parameters that stay as they are; of a tied head, those of the embedding.
+
+        These are all but the weights of ``layer_shapes``, and the table of the embedding where that is to be quantized.
+        """
         layers = (layer for name, found in self._layers.items() if name in self.block_names for layer in found.values())
         quantized = sum(layer.shape[0] * layer.shape[1] * layer.weight().element_size() for layer in layers)
         if self._head is not None and f"{self._head.name}.weight" not in self._tied:
             quantized += self._head_weight.numel() * self._head_weight.element_size()
-        return self.num_bytes - quantized
+        return self.num_bytes - quantized - (0 if self.embedding is None else self.embedding.num_bytes)
 
     def load_block(self, index: int, device: torch.device | str) -> Block:
         """Put a block's original tensors on a device and return it.
@@ -155,12 +163,14 @@ class ModelSource:
                 assign(module, child, buffer.to(device))
 
     def other_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Give every tensor of the state dict, as it was, but the weights of the layers in ``layer_shapes``.
+        """Give every tensor of the state dict, as it was, but the weights of what is quantized.
 
-        Names are those of ``model.state_dict()``; names that share another tensor (a tied head) are left out. Blocks
-        are read one after the other and need not be loaded.
+        Those are the layers in ``layer_shapes``, and the embedding if it is to be quantized. Names are those of
+        ``model.state_dict()``; names that share another tensor (a tied head) are left out. Blocks are read one after
+        the other and need not be loaded.
         """
-        weights = {f"{name}.weight" for name in self.layer_shapes()}
+        quantized = (*self.layer_shapes(), *(() if self.embedding is None else (self.embedding.name,)))
+        weights = {f"{name}.weight" for name in quantized}
         blocks = tuple(f"{name}." for name in self.block_names)
         for name, tensor in self.model.state_dict().items():
             if not name.startswith(blocks) and name not in self._tied | weights:

@@ -65,6 +65,8 @@ def origin(budget: Mapping[str, Any]) -> str:
     if isinstance(milliseconds := budget.get("decode_milliseconds"), int | float):
         told.append(f"Predicted to take {milliseconds:.3g} ms a token in the quantized layers")
     told += [f"On average {' and '.join(bits)} a weight"] if bits else []
+    if isinstance(embedding := budget.get("embedding"), Mapping):
+        told.append(f"The embedding, beside them, has {embedding.get('bits')} bits of code a weight")
     return "".join(f"{sentence}. " for sentence in told).strip()
 
 

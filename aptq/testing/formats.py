@@ -10,7 +10,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from aptq.api import EntryGrid, Format, Grid, Option, QuantizedWeight, RoundableFormat
+from aptq.api import EntryGrid, Format, Grid, Option, QuantizedWeight, RoundableFormat, RowFormat
 from aptq.testing.assertions import (
     Shape,
     accepted,
@@ -76,6 +76,8 @@ def _check_case(format: Format, option: Option, shape: Shape, heads: int) -> Non
         _check_storage(format, quantized, option, shape, case)
         if isinstance(format, RoundableFormat):
             _check_stored_grid(format, quantized, option, shape, case)
+        if isinstance(format, RowFormat):
+            _check_rows(format, quantized, option, shape, case)
         _check_order(format, grid, weight, option, case)
     error = (values - weight.transpose(1, 2)).square().sum()
     expect(
@@ -157,6 +159,14 @@ def _check_stored_grid(
     expect_same_tensors(grid.finish(codes).parameters, stored.parameters, f"{case}: parameters of grid().finish()")
     codes, values = grid.round(values.roll(1, 1).contiguous(), slice(None))
     expect_equal(format.dequantize(grid.finish(codes), option), values[0].T, f"{case}: other weights on grid()")
+
+
+def _check_rows(format: RowFormat, quantized: QuantizedWeight, option: Option, shape: Shape, case: str) -> None:
+    """See that single rows, in another order and one of them twice, are those of the whole weight."""
+    rows = torch.arange(shape[0], -1, -1) * 5 % shape[0]
+    found = format.unpack_rows(format.pack(quantized, option), option, rows, shape[1])
+    whole = format.dequantize(quantized, option)
+    expect_equal(format.dequantize(found, option), whole[rows], f"{case}: rows by unpack_rows() against dequantize()")
 
 
 def _check_layout(

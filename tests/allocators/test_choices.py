@@ -33,7 +33,7 @@ def test_pins_hold() -> None:
             Knapsack(bits=(2, 4), budget=2.5, pin={"*": 4}),
             "between 4 and 4. Without allocator.pin it could be had: from 2",
         ),
-        (Knapsack(budget=0.01, count="model"), "not quantized takes 0.05 of it"),
+        (Knapsack(budget=0.01, count="model"), "not among the layers takes 0.05 of it"),
         (Knapsack(pin={"q_proj": 4}), "no layer is left for 'q_proj'"),
     ],
 )

@@ -27,6 +27,7 @@ FAMILIES = [
     "qwen3",
     "mistral",
     "gemma2",
+    "gemma3",
     "phi",
     "opt",
     "gpt2",

@@ -48,4 +48,7 @@ def test_where_a_plan_came_from() -> None:
     assert (
         words.origin({"plan": "a.json", "code_bits": 3.0}) == "Given: a.json. On average 3.000 bits of code a weight."
     )
+    assert words.origin({"code_bits": 3.0, "embedding": {"bits": 8, "group_size": 64}}) == (
+        "On average 3.000 bits of code a weight. The embedding, beside them, has 8 bits of code a weight."
+    )
     assert words.origin({}) == ""

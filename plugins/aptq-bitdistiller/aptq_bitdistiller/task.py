@@ -124,6 +124,11 @@ def _prepare(config: dict[str, Any]) -> _Job:
     output = Path(config["output"] or f"{origin.folder}_distilled")
     quantized, plan = job_of(origin), origin.plan()
     assert plan is not None  # job_of would have raised
+    if quantized.embedding is not None:
+        raise AptqError(
+            f"The run {origin.folder} has a packed embedding (model.quantize_embeddings), which teacher and student "
+            "could not share; distil a run without one."
+        )
     for option in set(quantized.plan.values()):
         trainable_format(quantized, option)
     data = to_settings(DataSettings, origin.config["data"], "data")

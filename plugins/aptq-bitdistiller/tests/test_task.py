@@ -178,3 +178,12 @@ def test_the_command_trains_and_helps(overrides: Callable[..., list[str]], tmp_p
     assert done.returncode == 0, done.stderr
     assert "perplexity on" in done.stdout
     assert (tmp_path / "new" / "log.txt").exists()
+
+
+def test_a_run_with_a_packed_embedding_is_refused(
+    overrides: Callable[..., list[str]], make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = make_run("model.quantize_embeddings=8", "evaluator=none")
+    with pytest.raises(AptqError, match="has a packed embedding"):
+        distil(overrides(run=run))
+    assert not (tmp_path / "new").exists()
