@@ -114,9 +114,9 @@ class TrellisGrid(GroupedGrid):
         """Round whole columns, each by its best run of codes; see ``aptq.api.Grid.round``."""
         (scale,) = self._at(position)
         exact = values.reshape(-1, values.shape[-1])
-        codes = best_codes(exact, scale.reshape(exact.shape), self.bits, self.format.state_bits)
-        table = values_of_states(self.bits, self.format.state_bits).to(values.device)
-        found = table[states_of(codes, self.bits, self.format.state_bits)].view(values.shape)
+        table = values_of_states(self.bits, self.format.state_bits)
+        codes = best_codes(exact, scale.reshape(exact.shape), table, self.bits)
+        found = table.to(values.device)[states_of(codes, self.bits, self.format.state_bits)].view(values.shape)
         return codes.view(values.shape), (found * scale).to(values.dtype)
 
     def finish(self, codes: Tensor) -> QuantizedWeight:

@@ -36,11 +36,16 @@ BITS = tuple(_MULTIPLIERS[10])
 
 @cache
 def values_of_states(bits: int, state_bits: int) -> Tensor:
-    """Return what each state stands for, float32 ``[2^state_bits]``, mean square 1.
-
-    ``ndtri((a s mod 2^L + 1/2) / 2^L)`` for state ``s``: every quantile of the normal distribution once.
-    """
+    """Return what each state stands for, float32 ``[2^state_bits]``: see ``quantiles``."""
     multiplier, _ = _MULTIPLIERS[state_bits][bits]
+    return quantiles(multiplier, state_bits)
+
+
+def quantiles(multiplier: int, state_bits: int) -> Tensor:
+    """Return ``ndtri((a s mod 2^L + 1/2) / 2^L)`` for states ``s`` and an odd ``a``, float32, scaled to mean square 1.
+
+    Every quantile of the normal distribution is there once, and the states that can follow one are spread over all.
+    """
     states = 1 << state_bits
     rank = torch.arange(states, dtype=torch.int64).mul_(multiplier).remainder_(states)
     values: Tensor = torch.special.ndtri((rank.double() + 0.5) / states)
@@ -60,21 +65,20 @@ def states_of(codes: Tensor, bits: int, state_bits: int) -> Tensor:
     return states & ((1 << state_bits) - 1)
 
 
-def best_codes(values: Tensor, scales: Tensor, bits: int, state_bits: int) -> Tensor:
+def best_codes(values: Tensor, scales: Tensor, table: Tensor, bits: int) -> Tensor:
     """Return the codes ``[columns, rows]``, uint8, that stand for values with the least squares, column by column.
 
     Args:
         values: ``[columns, rows]``, float and finite.
-        scales: of each value, likewise: it is to be near ``scale * values_of_states(...)[state]``.
+        scales: of each value, likewise: it is to be near ``scale * table[state]``.
+        table: what each state stands for, float32 ``[states]``, on the CPU.
         bits: of a code.
-        state_bits: of a state.
     """
-    table, place = values_of_states(bits, state_bits), values.device
     kernels = _kernels()
     if kernels is None:
-        return viterbi(values, scales, table.to(place), bits)
+        return viterbi(values, scales, table.to(values.device), bits)
     exact, by = (each.to("cpu", torch.float32).contiguous() for each in (values, scales))
-    return kernels.trellis(exact, by, table, bits).to(place)
+    return kernels.trellis(exact, by, table, bits).to(values.device)
 
 
 def viterbi(values: Tensor, scales: Tensor, table: Tensor, bits: int) -> Tensor:

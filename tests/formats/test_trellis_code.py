@@ -38,7 +38,9 @@ def test_one_output_is_a_run_of_one() -> None:
     assert states_of(torch.tensor([[3], [1]], dtype=torch.uint8), 2, 10).tolist() == [[3], [1]]
     values = torch.tensor([[0.3]])
     allowed = values_of_states(2, 10)[:4]
-    assert best_codes(values, torch.ones(1, 1), 2, 10).item() == int((allowed - 0.3).abs().argmin())
+    assert best_codes(values, torch.ones(1, 1), values_of_states(2, 10), 2).item() == int(
+        (allowed - 0.3).abs().argmin()
+    )
 
 
 @pytest.mark.parametrize(("bits", "rows"), [(1, 8), (2, 5), (3, 3)])
@@ -52,7 +54,7 @@ def test_the_best_run_of_codes_is_the_best_of_all(bits: int, rows: int) -> None:
         least = (values[column] - scales[column] * stands_for).square().sum(1).min()
         for codes in (
             viterbi(values, scales, table, bits)[column],
-            best_codes(values.float(), scales.float(), bits, 10)[column],
+            best_codes(values.float(), scales.float(), table, bits)[column],
         ):
             found = (
                 (values[column] - scales[column] * table.double()[states_of(codes[None], bits, 10)[0]]).square().sum()
@@ -67,7 +69,7 @@ def test_kernel_and_operators_of_torch_lose_the_same(bits: int, state_bits: int)
     values, scales, table = torch.randn(3, 61), torch.rand(3, 61) + 0.5, values_of_states(bits, state_bits)
     losses = [
         (values - scales * table[states_of(codes, bits, state_bits)]).square().sum(1)
-        for codes in (best_codes(values, scales, bits, state_bits), viterbi(values, scales, table, bits))
+        for codes in (best_codes(values, scales, table, bits), viterbi(values, scales, table, bits))
     ]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
 
@@ -76,19 +78,21 @@ def test_kernel_and_operators_of_torch_lose_the_same(bits: int, state_bits: int)
 def test_normal_values_lose_less_than_by_any_scalar_quantizer(bits: int) -> None:
     values = torch.randn(6, 500, generator=torch.Generator().manual_seed(1))
     scales = torch.full_like(values, best_scale(bits, 10))
-    found = scales * values_of_states(bits, 10)[states_of(best_codes(values, scales, bits, 10), bits, 10)]
+    table = values_of_states(bits, 10)
+    found = scales * table[states_of(best_codes(values, scales, table, bits), bits, 10)]
     assert float((values - found).square().mean()) < 0.83 * LLOYD_MAX[bits]
 
 
 def test_without_a_compiler_it_goes_on_by_operators_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     values, scales = torch.randn(2, 20), torch.ones(2, 20)
-    expected = best_codes(values, scales, 2, 10)
+    table = values_of_states(2, 10)
+    expected = best_codes(values, scales, table, 2)
 
     def refuse(architecture: str, folder: str) -> None:
         raise AptqError("no C++ compiler is on the PATH")
 
     monkeypatch.setattr(trellis_code, "load_kernels", refuse)
     trellis_code._kernels.cache_clear()
-    found = best_codes(values, scales, 2, 10)
+    found = best_codes(values, scales, table, 2)
     trellis_code._kernels.cache_clear()
     assert (found == expected).float().mean() > 0.9
