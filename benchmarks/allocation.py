@@ -74,11 +74,13 @@ ROWS: dict[str, list[str]] = {
     "error, attention and mlp": [*_KNAPSACK, "metric=error", "hessian=attention", "hessian.mlp=true"],
     "error, loss": [*_KNAPSACK, "metric=error", "hessian=loss", "hessian.labels=model"],
 }
+TRELLIS = "output, trellis-coded"
+ROWS[TRELLIS] = ["allocator=knapsack", "allocator.bits=[2,3,4,6]", "metric=output", "format=trellis"]
 ROTATED = "Hadamard"
 """The same beside ``transform=hadamard``, which all of such rows have."""
 _ROTATED = (
     *(UNIFORM, "output (default)", "output, labels of the text (ModelOpt's score)", "traces, 2 and 4 bits (APTQ)"),
-    *("gradient, absolute (AutoRound's score)", AUTOROUND, MODELOPT),
+    *("gradient, absolute (AutoRound's score)", AUTOROUND, MODELOPT, TRELLIS),
 )
 ROWS |= {f"{row}, {ROTATED}": [*ROWS[row], "transform=hadamard"] for row in _ROTATED}
 ROWS[f"{MIXED}, {ROTATED}"] = [*(word for word in ROWS[MIXED] if word != _PREDICTED), "transform=hadamard"]
@@ -129,7 +131,11 @@ def jobs(options: argparse.Namespace, folder: Path) -> Iterator[Job]:
             yield Job(
                 row=row,
                 fields={"budget": budget},
-                words=[*job, *audit, *([] if "format=mixed" in job else ["format.group_size=64"])],
+                words=[
+                    *job,
+                    *audit,
+                    *([] if {"format=mixed", "format=trellis"} & {*job} else ["format.group_size=64"]),
+                ],
                 overrides=ROWS[row],
                 seed=seed,
                 baseline=row == UNIFORM,

@@ -55,6 +55,7 @@ FORMATS = {
     ),
     "floating point": Family(words=["format=float", "format.code=fp"], bits=(3, 4)),
     "floating point, two scales (AFPQ)": Family(words=["format=asymmetric_float", "format.code=fp"], bits=(3, 4)),
+    "trellis (QTIP, EXL3)": Family(words=["format=trellis"], bits=range(1, 7), ranges=None),
     "vector codebooks (VPTQ)": Family(words=["format=vector"], bits=(1, 2, 3, 4), ranges=None),
     "block codebooks (LO-BCQ)": Family(words=["format=block_clustered"], bits=(4,), ranges=None),
     "NVFP4": Family(words=["format=nvfp4", "format.clip_steps=8"], bits=(4,), ranges=None),
@@ -67,6 +68,7 @@ _ROTATED = (
     "normal float",
     "normal float, two scales (AFPQ)",
     "normal float, two scales, 0.5 % of outliers",
+    "trellis (QTIP, EXL3)",
     "vector codebooks (VPTQ)",
     "block codebooks (LO-BCQ)",
     "NVFP4",
@@ -149,7 +151,8 @@ def as_markdown(record: Mapping[str, Any]) -> str:
     parts = [
         "# Formats and quantizers",
         f"{record['model']} in float32, every layer at the same width, groups of 64 (vectors: one codebook a layer; "
-        f"NVFP4 16, MXFP4 32); {record['samples']} calibration samples of {record['length']} tokens, perplexity on "
+        f"trellis: one scale an output; NVFP4 16, MXFP4 32); {record['samples']} calibration samples of "
+        f"{record['length']} tokens, perplexity on "
         f"{record['sequences']} sequences of {record['length']} tokens of each text; full precision: {told}. Rows "
         "without *min-max* search group ranges; *Hadamard*: rotated inputs (QuIP#, QuaRot). Seconds are the whole "
         "process but for judging, and of runs that had "

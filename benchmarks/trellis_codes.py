@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "benchmarks/trellis_codes.py", *sys.argv[1:]])
     parts = [
         f"# {title}",
-        f"Mean squared error as a share of the variance, {options.columns} columns of {options.rows} values. Bound: that "
-        "of any code at this rate; best scalar: Max (1960), Jayant and Noll (1984).",
+        f"Mean squared error as a share of the variance, {options.columns} columns of {options.rows} values. Bound: "
+        "that of any code at this rate; best scalar: Max (1960), Jayant and Noll (1984).",
         markdown_table(header, rows),
         f"Machine: {machine.sentence(machine.describe())}. Date: {datetime.now(UTC):%Y-%m-%d}. Commit: {commit()}.",
         f"```\n{command}\n```",

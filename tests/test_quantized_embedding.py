@@ -65,7 +65,8 @@ def _dense(folder: Path, original: Path) -> Any:
     for name, module in packed.named_modules():
         if isinstance(module, PackedEmbedding | PackedLinear):
             own = dense.get_submodule(name)
-            own.weight = torch.nn.Parameter(module.stored().T if type(own).__name__ == "Conv1D" else module.stored())
+            weight = module.dense() if isinstance(module, PackedLinear) else module.stored()
+            own.weight = torch.nn.Parameter(weight.T if type(own).__name__ == "Conv1D" else weight)
     return dense
 
 
