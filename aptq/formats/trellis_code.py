@@ -14,16 +14,12 @@ quantiles of the normal distribution in the order of a linear congruential seque
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from aptq.errors import AptqError
-from aptq.kernels.cpu import FOLDER, Library, load_kernels
-
-_log = logging.getLogger(__name__)
+from aptq.kernels.cpu import kernels_for
 
 _MULTIPLIERS = {  # by bits of a state and of a code; the scale at which a code's error is least, beside each
     10: {1: (557, 0.98), 2: (759, 1.06), 3: (901, 1.08), 4: (903, 1.10), 5: (953, 1.10), 6: (611, 1.10)},
@@ -74,7 +70,7 @@ def best_codes(values: Tensor, scales: Tensor, table: Tensor, bits: int) -> Tens
         table: what each state stands for, float32 ``[states]``, on the CPU.
         bits: of a code.
     """
-    kernels = _kernels()
+    kernels = kernels_for("format=trellis")
     if kernels is None:
         return viterbi(values, scales, table.to(values.device), bits)
     exact, by = (each.to("cpu", torch.float32).contiguous() for each in (values, scales))
@@ -101,13 +97,3 @@ def viterbi(values: Tensor, scales: Tensor, table: Tensor, bits: int) -> Tensor:
         prefix = state >> bits
         state = prefix | came[row].gather(1, prefix[:, None])[:, 0].long() << shift
     return codes
-
-
-@cache
-def _kernels() -> Library | None:
-    """Return this machine's kernels; None, and why in the log, where it cannot have them."""
-    try:
-        return load_kernels("native", FOLDER)
-    except AptqError as error:
-        _log.warning("format=trellis does without its kernel, and is slow: %s", error)
-        return None

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from aptq.api import AptqError
-from aptq.kernels.cpu import FOLDER, TYPES, Library, load_kernels
+from aptq.kernels.cpu import TYPES, kernels_for
 from aptq.kernels.operators import OPERATORS
 
 _WIDEST = 64  # factor, as far as the odd part allows: a product with one of them is a small dense one
 _LARGEST_ODD = 2048
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,19 +71,9 @@ def turned(x: Tensor, seed: int, back: bool) -> Tensor:
     signs = _signs(seed, width, exact, x.device)
     if back:
         return (_mixed(x.to(exact)) * signs).to(x.dtype)
-    if x.device.type == "cpu" and x.dtype in TYPES and (kernels := _kernels()) is not None:
+    if x.device.type == "cpu" and x.dtype in TYPES and (kernels := kernels_for("transform=hadamard")) is not None:
         return kernels.rotate(x.reshape(-1, width).contiguous(), signs, _odd_factor(width)).view(x.shape)
     return _mixed(x.to(exact) * signs).to(x.dtype)
-
-
-@cache
-def _kernels() -> Library | None:
-    """Return this machine's kernels; None, and why in the log, where it cannot have them."""
-    try:
-        return load_kernels("native", FOLDER)
-    except AptqError as error:
-        _log.info("transform=hadamard does without its kernel: %s", error)
-        return None
 
 
 @lru_cache(maxsize=64)

@@ -70,32 +70,13 @@ def test_the_kernel_does_what_the_products_do(
     x = torch.randn(2, rows, width).to(dtype)
     expected = Hadamard(seed=1).apply(x.double())
     found = Hadamard(seed=1).apply(x)
-    monkeypatch.setattr(hadamard, "_kernels", lambda: None)
+    monkeypatch.setattr(hadamard, "kernels_for", lambda user: None)
     products = Hadamard(seed=1).apply(x)
     monkeypatch.undo()
     eps = torch.finfo(dtype).eps
     for each in (found, products):
         assert (each.double() - expected).abs().max() <= max(eps, 4e-7) * x.double().norm(dim=-1).max()
     assert torch.equal(Hadamard(seed=1).apply(x[1, rows - 1]), found[1, rows - 1]), "each row by itself"
-
-
-def test_without_a_compiler_products_are_used_and_the_log_says_why(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    x = torch.randn(3, 96)
-    expected = Hadamard().apply(x)
-
-    def refuse(architecture: str, folder: str) -> None:
-        raise AptqError("no C++ compiler is on the PATH")
-
-    monkeypatch.setattr(hadamard, "load_kernels", refuse)
-    hadamard._kernels.cache_clear()
-    try:
-        with caplog.at_level("INFO"):
-            torch.testing.assert_close(Hadamard().apply(x), expected)
-    finally:
-        hadamard._kernels.cache_clear()
-    assert "no C++ compiler" in caplog.text
 
 
 @pytest.mark.parametrize("back", [False, True])

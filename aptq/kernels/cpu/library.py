@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from dataclasses import dataclass
 from functools import cache
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from aptq.errors import AptqError
 from aptq.kernels.cpu.build import build
+
+_log = logging.getLogger(__name__)
 
 TILE = 32
 """Outputs that the kernels compute together."""
@@ -151,3 +154,13 @@ def load_kernels(architecture: str, folder: str) -> Library:
         AptqError: they cannot be built or loaded.
     """
     return Library(str(build(architecture, folder)))
+
+
+@cache
+def kernels_for(user: str) -> Library | None:
+    """Return this machine's kernels for one who can do without; None, and why in the log, where it cannot have them."""
+    try:
+        return load_kernels("native", FOLDER)
+    except AptqError as error:
+        _log.warning("%s does without its kernel, and is slower: %s", user, error)
+        return None
