@@ -26,7 +26,7 @@ class Cpu:
     Activations become fixed-point numbers within each run of at most 128 inputs: of 24 bits from float32, of 16 bits
     from half precision, so that all sums are exact integers and the result is as good as the dtype. With
     ``activations="int8"`` they have 8 bits, which is faster and off by about a percent. A row with NaN or infinity
-    gives NaN.
+    gives NaN. Where codes are not integers, sums are float32.
 
     The kernels are built with the system's compiler when the first layer asks for them, and kept in ``cache_dir``.
     ``architecture="native"`` uses all that the CPU has, ``x86-64-v3`` AVX2, ``x86-64-v4`` AVX-512 without VNNI.

@@ -16,7 +16,7 @@ _DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 """Bytes of the fixed-point numbers that activations become: enough that rounding to the dtype is what one sees."""
 
 _DIRECT_STATES = 8
-"""Rows that are multiplied by the values of states as they are looked up, four with one lookup."""
+"""Rows that are multiplied by the values of states as they are looked up, four with one lookup (docs/backends.md)."""
 
 _ROOM = 1 << 20
 """Weights that are unpacked at once for a dense product."""
