@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,6 +15,9 @@ from aptq.api import Format, Option
 
 _SCALES = (1.0, 0.5, 2.0)  # of the three outputs that are tried; powers of two change no digit of a level
 _BELOW = (0.25, 1.0, 8.0)
+
+MOST_STATE_BITS = 12
+"""Bits of the largest states that are recognized."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -29,13 +35,42 @@ class Levels:
     two_sided: bool
 
 
-def meaning_of(format: Format, option: Option) -> Integers | Levels | None:
-    """Return what codes of a width mean in a format, or None when it is neither of these.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class States:
+    """``w = value[state] * scale``: a state is the last bits of the codes of all outputs up to this one, of one input.
 
-    The format is given three outputs with every code in turn, scales that differ, and zeros that differ.
+    The code of the output itself is lowest, and before the first output all codes are 0.
     """
-    count = 1 << option.bits
+
+    values: Tensor  # float32 [2^bits], bits up to MOST_STATE_BITS
+
+    @property
+    def bits(self) -> int:
+        """Of a state."""
+        return len(self.values).bit_length() - 1
+
+
+def meaning_of(format: Format, option: Option) -> Integers | Levels | States | None:
+    """Return what codes of a width mean in a format, or None when it is none of these.
+
+    The format is given three outputs with every code in turn, scales that differ, and zeros that differ; and then, for
+    states, more outputs in which every state is met. What was found is remembered: a model has many layers of a kind.
+    """
     option = replace(option, group_size=-1)
+    try:
+        hash(format)
+    except TypeError:  # such as one that holds others in a dict
+        return _found(format, option)
+    return _remembered(cast(Hashable, format), option)
+
+
+@lru_cache(maxsize=64)
+def _remembered(format: Hashable, option: Option) -> Integers | Levels | States | None:
+    return _found(cast("Format", format), option)
+
+
+def _found(format: Format, option: Option) -> Integers | Levels | States | None:
+    count = 1 << option.bits
     layout = format.packed_layout(option, (len(_SCALES), count))
     names = set(layout)
     if not all(dtype.is_floating_point for name, (_, dtype) in layout.items() if name.startswith("scales")):
@@ -61,7 +96,7 @@ def meaning_of(format: Format, option: Option) -> Integers | Levels | None:
     ):
         return None
     if not two_sided and not _agree(values, levels.expand(len(_SCALES), -1)):
-        return None
+        return _states_of(format, option)
     if not two_sided and torch.equal(levels, torch.arange(1 << option.bits) - float(1 << (option.bits - 1))):
         return Integers(stored_zeros=False)
     table = torch.zeros(1 << option.bits)
@@ -71,12 +106,45 @@ def meaning_of(format: Format, option: Option) -> Integers | Levels | None:
 
 def _values(format: Format, option: Option, count: int, more: dict[str, Tensor]) -> Tensor | None:
     """Return what the first ``count`` codes stand for, ``[outputs, count]``; None where the format has not so many."""
-    codes = torch.arange(count).expand(len(_SCALES), -1)
-    tensors = {"qweight": packing.pack(codes, option.bits), "scales": torch.tensor([_SCALES]), **more}
+    return _dequantized(format, option, torch.arange(count).expand(len(_SCALES), -1), torch.tensor(_SCALES), more)
+
+
+def _dequantized(
+    format: Format, option: Option, codes: Tensor, scales: Tensor, more: dict[str, Tensor]
+) -> Tensor | None:
+    """Return what codes ``[outputs, inputs]`` stand for; None where the format has not all of them."""
+    tensors = {"qweight": packing.pack(codes, option.bits), "scales": scales[None], **more}
     try:
-        return format.dequantize(format.unpack(tensors, option, (len(_SCALES), count)), option).contiguous()
+        return format.dequantize(format.unpack(tensors, option, (codes.shape[0], codes.shape[1])), option).contiguous()
     except (IndexError, KeyError):
         return None
+
+
+def _states_of(format: Format, option: Option) -> States | None:
+    """Return the values of states, or None where some value is not that of its state.
+
+    Each input is a run of two random codes and of those that make one of all states of ``MOST_STATE_BITS``: values are
+    those of the last output, and those of all other outputs have to agree. Those of smaller states are repeated.
+    """
+    bits, count = option.bits, 1 << MOST_STATE_BITS
+    length = -(-MOST_STATE_BITS // bits)
+    last = torch.arange(count) >> (bits * torch.arange(length)[:, None].flip(0)) & ((1 << bits) - 1)
+    first = torch.randint(0, 1 << bits, (2, count), generator=torch.Generator().manual_seed(0))
+    codes = torch.cat([first, last])
+    scales = torch.tensor(_SCALES)[torch.arange(len(codes)) % len(_SCALES)]
+    values = _dequantized(format, option, codes, scales, {})
+    if values is None:
+        return None
+    states = torch.zeros_like(codes)
+    for back in range(length):
+        states[back:] |= codes[: len(codes) - back] << (bits * back)
+    states &= count - 1
+    table = values[-1] / scales[-1]
+    if not torch.equal(values, table[states] * scales[:, None]):
+        return None
+    while len(table) > 2 and torch.equal(table[: len(table) // 2], table[len(table) // 2 :]):
+        table = table[: len(table) // 2]
+    return States(values=table.clone())
 
 
 def _agree(values: Tensor | None, levels: Tensor) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aptq.api import Format, Option
+from aptq.api import Format, Option, QuantizedWeight
 from aptq.formats.asymmetric_float import AsymmetricFloat
 from aptq.formats.block_clustered import BlockClustered
 from aptq.formats.float import Float
@@ -11,8 +11,10 @@ from aptq.formats.integer import Integer
 from aptq.formats.levels import levels
 from aptq.formats.mixed import Mixed
 from aptq.formats.scaled import Scaled
+from aptq.formats.trellis import Trellis
+from aptq.formats.trellis_code import BITS, STATE_BITS, values_of_states
 from aptq.formats.vector import Vector
-from aptq.meaning import Integers, Levels, meaning_of
+from aptq.meaning import Integers, Levels, States, meaning_of
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -34,6 +36,44 @@ def test_levels_are_found_and_codes_that_are_none_are_zero(format: type[Float | 
         expected = torch.zeros(1 << bits)
         expected[: len(levels(code, bits))] = torch.tensor(levels(code, bits))
         assert torch.equal(meaning.levels, expected)
+
+
+@pytest.mark.parametrize("state_bits", STATE_BITS)
+@pytest.mark.parametrize("bits", BITS)
+def test_values_of_states_are_found(bits: int, state_bits: int) -> None:
+    meaning = meaning_of(Trellis(group_size=64, state_bits=state_bits), Option(bits, 64))
+    assert isinstance(meaning, States)
+    assert meaning.bits == state_bits
+    assert torch.equal(meaning.values, values_of_states(bits, state_bits))
+
+
+class Reversed(Trellis):
+    """States of the codes of the outputs behind, not before."""
+
+    def dequantize(self, quantized, option):  # type: ignore[no-untyped-def]
+        codes = QuantizedWeight(codes=quantized.codes.flip(0), parameters=quantized.parameters)
+        return super().dequantize(codes, option).flip(0)
+
+
+class Older(Trellis):
+    """Values that depend on a code three outputs ago too, beyond any state that is recognized."""
+
+    def dequantize(self, quantized, option):  # type: ignore[no-untyped-def]
+        values = super().dequantize(quantized, option)
+        return torch.cat([values[:3], values[3:] * torch.where(quantized.codes[:-3] > 3, -1.0, 1.0)])
+
+
+@pytest.mark.parametrize("format", [Reversed(), Older()], ids=repr)
+def test_runs_that_are_no_states_are_not_taken_for_them(format: Format) -> None:
+    assert meaning_of(format, Option(4, -1)) is None
+
+
+def test_what_was_found_is_remembered_for_equal_formats_and_not_for_others() -> None:
+    first, again = (meaning_of(Trellis(), Option(3, size)) for size in (64, -1))
+    assert first is again
+    assert meaning_of(Trellis(state_bits=12), Option(3, 64)) is not first
+    mixed = Mixed(formats={"trellis": Trellis(), "integer": Integer()})  # holds a dict, and has no hash
+    assert isinstance(meaning_of(mixed, Option(3, 64, "trellis")), States)
 
 
 @pytest.mark.parametrize(

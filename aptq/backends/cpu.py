@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 from aptq import packing
 from aptq.api import AptqError, LayerSpec
 from aptq.backends.planar import FLOATS, refuses_dtype, unreadable
-from aptq.kernels.cpu import ARCHITECTURES, FOLDER, load_kernels
-from aptq.meaning import Integers, Levels, meaning_of
+from aptq.kernels.cpu import ARCHITECTURES, FOLDER, load_kernels, table_of_states
+from aptq.meaning import Integers, Levels, States, meaning_of
 
 _UNIT = packing.UNIT
 
@@ -25,7 +26,7 @@ class Cpu:
     Activations become fixed-point numbers within each run of at most 128 inputs: of 24 bits from float32, of 16 bits
     from half precision, so that all sums are exact integers and the result is as good as the dtype. With
     ``activations="int8"`` they have 8 bits, which is faster and off by about a percent. A row with NaN or infinity
-    gives NaN.
+    gives NaN. Where codes are not integers, sums are float32.
 
     The kernels are built with the system's compiler when the first layer asks for them, and kept in ``cache_dir``.
     ``architecture="native"`` uses all that the CPU has, ``x86-64-v3`` AVX2, ``x86-64-v4`` AVX-512 without VNNI.
@@ -63,8 +64,10 @@ class Cpu:
         return None
 
     def prepack(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
-        """Return the checkpoint's own tensors, and the table of levels where the format has one."""
+        """Return the checkpoint's own tensors, and the table of levels or states where the format has one."""
         meaning = meaning_of(spec.format, spec.option)
+        if isinstance(meaning, States):
+            return {**tensors, "states": _shared_table(meaning, spec.option.bits)}
         if not isinstance(meaning, Levels):
             return dict(tensors)
         table = torch.zeros(16)
@@ -73,6 +76,8 @@ class Cpu:
 
     def matmul(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
         """Return ``x @ W^T`` for ``x [..., in]``, as ``[..., out]`` in the dtype of ``x``."""
+        if "states" in tensors:
+            return self._matmul_states(x, tensors, _group(spec))
         y: Tensor = torch.ops.aptq.cpu_matmul(
             x,
             tensors["qweight"],
@@ -87,6 +92,17 @@ class Cpu:
         )
         return y
 
+    def _matmul_states(self, x: Tensor, tensors: Mapping[str, Tensor], group: int) -> Tensor:
+        packed = tensors["qweight"], tensors["scales"], tensors["states"]
+        y: Tensor = torch.ops.aptq.cpu_trellis_matmul(x, *packed, group, self.architecture, self.cache_dir)
+        return y
+
+
+@lru_cache(maxsize=64)
+def _shared_table(meaning: States, bits: int) -> Tensor:
+    """Return one table for all layers of a kind, which the cache then holds once."""
+    return table_of_states(meaning.values, bits)
+
 
 def _group(spec: LayerSpec) -> int:
     """Return the inputs that share a scale, a multiple of a unit: nothing lies behind the end of a row."""
@@ -99,8 +115,11 @@ def _refuses_layout(spec: LayerSpec) -> str | None:
     bits, size = spec.option.bits, spec.option.group_size
     if _group(spec) % _UNIT:
         return f"it takes groups of a multiple of {_UNIT} inputs and whole rows, not of {size}"
-    if (reason := unreadable(spec)) is not None:
+    if (reason := unreadable(spec, states=True)) is not None:
         return reason
-    if bits > 4 and not isinstance(meaning_of(spec.format, spec.option), Integers):
+    meaning = meaning_of(spec.format, spec.option)
+    if isinstance(meaning, States):
+        return f"it reads states of codes of at most 6 bits, not {bits}" if bits > 6 else None
+    if bits > 4 and not isinstance(meaning, Integers):
         return f"it reads levels of at most 4 bits, not {bits}"
     return None

@@ -9,7 +9,7 @@ import torch
 
 from aptq import packing
 from aptq.api import LayerSpec
-from aptq.meaning import meaning_of
+from aptq.meaning import Integers, Levels, States, meaning_of
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of activations, and of scales that are stored as what they are."""
@@ -32,12 +32,12 @@ def refuses_groups(spec: LayerSpec, allowed: Collection[int]) -> str | None:
     return f"it takes whole groups of {told} inputs, not {spec.in_features} inputs in groups of {size}"
 
 
-def unreadable(spec: LayerSpec, scale_dtypes: Collection[torch.dtype] = FLOATS) -> str | None:
+def unreadable(spec: LayerSpec, scale_dtypes: Collection[torch.dtype] = FLOATS, states: bool = False) -> str | None:
     """Say what of a layer's tensors is not as expected, or None.
 
     Expected are codes of at most 8 bits (``qweight``, see ``aptq.packing``), scales ``[groups, out]`` of one of some
     dtypes, for levels below 0 perhaps some of their own (``scales_below``), zeros packed along the outputs
-    (``qzeros``), and codes that mean integers or levels times a scale.
+    (``qzeros``), and codes that mean integers or levels times a scale, or where ``states`` are read, values of those.
     """
     bits, shape = spec.option.bits, (spec.out_features, spec.in_features)
     if bits > 8:
@@ -55,6 +55,6 @@ def unreadable(spec: LayerSpec, scale_dtypes: Collection[torch.dtype] = FLOATS) 
             return f"it cannot read {name} of format {spec.format_name}, {stored[1]} of shape {tuple(stored[0])}"
     if len({layout[name][1] for name in layout if name.startswith("scales")}) > 1:
         return f"it cannot read the scales of format {spec.format_name}, which have several dtypes"
-    if meaning_of(spec.format, spec.option) is None:
+    if not isinstance(meaning_of(spec.format, spec.option), (Integers, Levels, *([States] if states else []))):
         return f"it cannot read the codes of format {spec.format_name}: neither integers nor levels times a scale"
     return None

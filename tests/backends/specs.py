@@ -10,6 +10,7 @@ from aptq.api import Backend, Format, LayerSpec, Option
 from aptq.formats.asymmetric_float import AsymmetricFloat
 from aptq.formats.float import Float
 from aptq.formats.integer import Integer
+from aptq.formats.trellis import Trellis
 from aptq.layer import PackedLinear
 
 FORMATS = {
@@ -21,6 +22,12 @@ FORMATS = {
     "two-sided": AsymmetricFloat(),
 }
 """What packed kernels read."""
+
+TRELLISES = {
+    "trellis": Trellis(),
+    "trellis of 12 bits": Trellis(state_bits=12, scale_dtype="bfloat16"),
+}
+"""Values of states, which some of them read too."""
 
 
 def spec_of(

@@ -10,8 +10,11 @@ from aptq.backends.cpu import Cpu
 from aptq.backends.reference import Reference
 from aptq.backends.select import choose_backend
 from aptq.formats.integer import Integer
+from aptq.formats.trellis import Trellis
+from aptq.formats.trellis_code import states_of, values_of_states
+from aptq.layer import PackedLinear
 from aptq.testing import check_backend
-from tests.backends.specs import FORMATS, layer_of, spec_of
+from tests.backends.specs import FORMATS, TRELLISES, layer_of, spec_of
 
 CPU = Cpu()
 
@@ -26,6 +29,11 @@ def test_it_is_a_backend_before_the_reference() -> None:
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 def test_conformance(format: Format) -> None:
     check_backend(CPU, format=format, bits=(3, 4), shapes=((64, 128), (5, 33)), group_sizes=(32, 64, -1))
+
+
+@pytest.mark.parametrize("format", TRELLISES.values(), ids=TRELLISES)
+def test_conformance_of_states(format: Format) -> None:
+    check_backend(CPU, format=format, bits=(1, 2, 3, 4, 5, 6), shapes=((64, 128), (5, 33)), group_sizes=(32, 64, -1))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -52,11 +60,30 @@ def test_products_are_those_of_float64(name: str, bits: int, threads: int) -> No
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("bits", range(1, 7))
+@pytest.mark.parametrize("name", TRELLISES)
+def test_values_of_states_are_those_of_float64(name: str, bits: int, threads: int) -> None:
+    """Strips of threads begin within the run of codes; the last shapes have several of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for shape, group in (((1, 1), -1), ((70, 200), 64), ((33, 129), 96), ((431, 70), 32), ((1090, 45), -1)):
+            layer, dense = layer_of(TRELLISES[name], Option(bits, group), shape)
+            layer.select_backend("cpu", {"cpu": CPU})
+            for rows in (*range(1, 10), 40):
+                x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows))
+                y, exact = layer(x).double(), x.double() @ dense.T
+                assert (y - exact).norm() <= 1e-6 * exact.norm(), (shape, rows)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 5, 40])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FORMATS | TRELLISES)
 def test_half_precision_is_as_good_as_its_own_rounding(name: str, rows: int, dtype: torch.dtype) -> None:
-    layer, dense = layer_of(FORMATS[name], Option(4, 64))
+    layer, dense = layer_of((FORMATS | TRELLISES)[name], Option(4, 64))
     layer = layer.to(dtype)
     layer.select_backend("cpu", {"cpu": CPU})
     x = torch.randn(rows, 200).to(dtype)
@@ -119,6 +146,48 @@ def test_an_outlier_hides_nothing_that_the_result_could_show() -> None:
     assert (layer(x).double() - exact).norm() <= 1e-6 * exact.norm()
 
 
+def test_a_layer_of_states_is_compiled_as_one_graph_and_knows_any_leading_shape() -> None:
+    layer, dense = layer_of(Trellis(), Option(3, 64), bias=True)
+    layer.select_backend("cpu", {"cpu": CPU})
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for leading in ((), (0,), (1, 1), (2, 3, 4)):
+        x = torch.randn(*leading, 200)
+        exact = x.double() @ dense.T + layer.bias
+        for y in (layer(x), compiled(x)):
+            torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+def test_layers_of_a_kind_share_their_table_of_states() -> None:
+    layers = [layer_of(Trellis(), Option(bits, 64))[0] for bits in (3, 3, 2)]
+    for layer in layers:
+        layer.select_backend("cpu", {"cpu": CPU})
+    first, second, other = (dict(layer.named_buffers())["prepacked_states"].data_ptr() for layer in layers)
+    assert first == second != other
+
+
+def test_a_weight_that_was_quantized_is_multiplied_as_the_reference_does() -> None:
+    format, option = Trellis(group_size=32), Option(2, 32)
+    weight = torch.randn(48, 96, generator=torch.Generator().manual_seed(0))
+    grid = format.fit(weight[None], option)
+    codes, _ = grid.round(weight.T[None], slice(None))
+    layer = PackedLinear(96, 48, bias=False, format=format, format_name="anything", option=option)
+    layer.load_state_dict(format.pack(grid.finish(codes), option))
+    x, products = torch.randn(3, 96), []
+    for name, backend in (("cpu", CPU), ("reference", Reference())):
+        layer.select_backend(name, {name: backend})
+        products.append(layer(x))
+    torch.testing.assert_close(*products)
+    assert (products[0] - x @ weight.T).norm() < 0.4 * (x @ weight.T).norm()
+
+
+class Wide(Trellis):
+    """States of codes that are wider than any kernel's."""
+
+    def dequantize(self, quantized, option):  # type: ignore[no-untyped-def]
+        states = states_of(quantized.codes.T.contiguous(), option.bits, 10)
+        return (values_of_states(4, 10)[states] * quantized.parameters["scales"].float()).T
+
+
 class Cubes(Integer):
     """Stored as symmetric integers are, and means something else."""
 
@@ -132,6 +201,9 @@ class Cubes(Integer):
         (spec_of(Integer(), Option(4, 48)), "multiple of 32 inputs and whole rows, not of 48"),
         (spec_of(Integer(), Option(4, 64), dtype=torch.float64), "float32, float16 and bfloat16, not float64"),
         (spec_of(Cubes(), Option(4, 64)), "neither integers nor levels"),
+        (spec_of(Trellis(), Option(4, 48)), "multiple of 32 inputs and whole rows, not of 48"),
+        (spec_of(Trellis(), Option(4, 64), dtype=torch.float64), "float32, float16 and bfloat16, not float64"),
+        (spec_of(Wide(), Option(7, -1)), "states of codes of at most 6 bits, not 7"),
     ],
 )
 def test_refusals_tell_why(spec: LayerSpec, reason: str) -> None:
@@ -160,8 +232,9 @@ def test_other_instruction_sets_give_the_same(architecture: str) -> None:
     other = Cpu(architecture=architecture)
     if reason := other.refuses(spec_of(Integer(), Option(4, 64))):
         pytest.skip(reason)
-    for format in FORMATS.values():
-        for bits in (2, 3, 4, 5, 6, 7, 8) if isinstance(format, Integer) else (3, 4):
+    for format in (FORMATS | TRELLISES).values():
+        widths = {Integer: range(2, 9), Trellis: range(1, 7)}
+        for bits in widths.get(type(format), (3, 4)):
             layer, dense = layer_of(format, Option(bits, 64))
             layer.select_backend("cpu", {"cpu": other})
             for rows in (1, 7, 40):

@@ -15,7 +15,8 @@ from torch import Tensor
 from aptq import packing
 from aptq.api import AptqError
 from aptq.backends.cpu import Cpu
-from aptq.kernels.cpu import load_kernels, ops
+from aptq.formats.trellis_code import states_of
+from aptq.kernels.cpu import load_kernels, ops, table_of_states
 from aptq.kernels.cpu.build import build
 from aptq.kernels.cpu.library import TYPES, Packed
 
@@ -118,15 +119,78 @@ def test_opcheck(leading: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.aptq.cpu_matmul, arguments(torch.randn(*leading, 70).to(dtype)))
 
 
+def random_states(
+    out_features: int, in_features: int, bits: int, group: int, state_bits: int, *, seed: int = 0
+) -> tuple[Packed, Tensor]:
+    """Return a packed layer of values of states, any values, and its dense weight in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (out_features, in_features), generator=generator)
+    scales = (torch.rand(-(-in_features // group), out_features, generator=generator) + 0.01).half()
+    values = torch.randn(1 << state_bits, generator=generator)
+    table = table_of_states(values, bits)
+    layer = Packed(packing.pack(codes, bits), scales, None, None, None, in_features, group, table)
+    dense = values.double()[states_of(codes.T.contiguous(), bits, state_bits)].T
+    return layer, dense * scales.double().repeat_interleave(group, 0)[:in_features].T
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    out_features=st.integers(1, 300),
+    in_features=st.integers(1, 300),
+    bits=st.integers(1, 6),
+    group=st.sampled_from([32, 64, 96, 128, 160, 320]),
+    state_bits=st.integers(8, 12),
+    rows=st.integers(1, 9),
+    dtype=st.sampled_from(list(TYPES)),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_of_states(
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group: int,
+    state_bits: int,
+    rows: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    layer, dense = random_states(out_features, in_features, bits, group, state_bits, seed=seed)
+    x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    y = load_kernels("native", FOLDER).multiply(x, layer, 0)
+    exact, spread = x.double() @ dense.T, x.double().abs() @ dense.abs().T
+    assert ((y.double() - exact).abs() <= 1e-6 * spread + torch.finfo(dtype).eps * exact.abs() + 1e-7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", range(1, 7))
+def test_dense_strips_of_states_are_the_weight(bits: int, dtype: torch.dtype) -> None:
+    kernels = load_kernels("native", FOLDER)
+    for state_bits in (10, 12):
+        layer, dense = random_states(70, 45, bits, 32, state_bits)
+        room = torch.full((64, 64), float("nan"), dtype=dtype)
+        for begin, end in ((0, 64), (64, 70), (32, 70)):
+            strip = kernels.dense(layer, begin, end, room)
+            assert torch.equal(strip, dense[begin:end].T.float().to(dtype))
+
+
+@pytest.mark.parametrize("dtype", list(TYPES))
+@pytest.mark.parametrize("leading", [(), (3,), (2, 1, 5)])
+def test_opcheck_of_states(leading: tuple[int, ...], dtype: torch.dtype) -> None:
+    layer, _ = random_states(40, 70, 3, 32, 10)
+    x = torch.randn(*leading, 70).to(dtype)
+    given = x, layer.qweight, layer.scales, layer.states, 32, "native", FOLDER
+    torch.library.opcheck(torch.ops.aptq.cpu_trellis_matmul, given)
+
+
 def test_many_rows_go_by_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_ROOM", 64 * 96)  # several strips of a small layer
-    layer, dense = random_layer(150, 70, 3, 32, zeros=False)
     kernels = load_kernels("native", FOLDER)
     x = torch.randn(9, 70)
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
-        y = ops._by_strips(kernels, layer, x.to(dtype)).double()
-        exact = x.to(dtype).double() @ dense.T
-        assert (y - exact).norm() <= tolerance * exact.norm()
+    for layer, dense in (random_layer(150, 70, 3, 32, zeros=False), random_states(150, 70, 3, 32, 10)):
+        for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
+            y = ops._by_strips(kernels, layer, x.to(dtype)).double()
+            exact = x.to(dtype).double() @ dense.T
+            assert (y - exact).norm() <= tolerance * exact.norm()
 
 
 def test_a_build_that_fails_says_what_the_compiler_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,9 @@ _log = logging.getLogger(__name__)
 TILE = 32
 """Outputs that the kernels compute together."""
 
+_MOST_PAIRS = 1 << 13
+"""Entries of the largest table of pairs, 64 KiB: larger ones lose more in the caches than they save in lookups."""
+
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The kernels' numbers of the dtypes that they read and write."""
 
@@ -33,6 +36,12 @@ class _Layer(ctypes.Structure):
     )
 
 
+class _States(ctypes.Structure):
+    """``struct States`` of source/trellis_product.h."""
+
+    _fields_ = (("values", _POINTER), ("bits", _INT), ("pairs", _INT))
+
+
 @dataclass(frozen=True, eq=False)
 class Packed:
     """A packed layer as the kernels read it; every tensor is contiguous."""
@@ -44,6 +53,7 @@ class Packed:
     levels: Tensor | None  # float32 [16]: what codes stand for; None: integers
     in_features: int
     group: int  # inputs that share a scale, a multiple of 32
+    states: Tensor | None = None  # float32, as ``table_of_states`` gives it; None: codes stand for something themselves
 
     @property
     def out_features(self) -> int:
@@ -65,6 +75,26 @@ class Packed:
             TYPES[self.scales.dtype],
         )
 
+    def states_struct(self) -> _States | None:
+        """Return what the kernels for states take besides; None where codes stand for something themselves."""
+        if self.states is None:
+            return None
+        pairs = self.states.dim() == 2
+        bits = len(self.states).bit_length() - 1 - (self.qweight.shape[1] if pairs else 0)
+        return _States(self.states.data_ptr(), bits, pairs)
+
+
+def table_of_states(values: Tensor, bits: int) -> Tensor:
+    """Return the table that the kernels look values ``[2^state_bits]`` of states up in, for codes of a width.
+
+    Where it stays small it has the values of two neighbouring outputs, ``[2^(bits + state_bits), 2]``, by the bits that
+    their states have together: one lookup for two.
+    """
+    if len(values) << bits > _MOST_PAIRS:
+        return values.contiguous()
+    index = torch.arange(len(values) << bits)
+    return torch.stack([values[index >> bits], values[index & (len(values) - 1)]], dim=1)
+
 
 class Library:
     """The functions of one build."""
@@ -81,7 +111,13 @@ class Library:
         self._rotate.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT]
         self._trellis = library.aptq_trellis
         self._trellis.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT]
-        for function in (self._multiply, self._dense, self._rotate, self._trellis):
+        self._states_multiply, self._states_dense = library.aptq_trellis_multiply, library.aptq_trellis_dense
+        self._states_multiply.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT]
+        self._states_dense.argtypes = [_POINTER, _POINTER, _INT, _INT, _POINTER, _INT, _INT, _INT]
+        for function in (
+            *(self._multiply, self._dense, self._rotate, self._trellis),
+            *(self._states_multiply, self._states_dense),
+        ):
             function.restype = None
         library.aptq_fast_bytes.restype = _INT
         self.fast_bytes: bool = library.aptq_fast_bytes() == 1
@@ -97,7 +133,11 @@ class Library:
         """
         y = x.new_empty(x.shape[0], layer.out_features)
         struct, rows, threads = layer.struct(), x.shape[0], torch.get_num_threads()
-        self._multiply(ctypes.byref(struct), x.data_ptr(), y.data_ptr(), rows, TYPES[x.dtype], digits, threads)
+        at = x.data_ptr(), y.data_ptr(), rows, TYPES[x.dtype]
+        if (states := layer.states_struct()) is not None:
+            self._states_multiply(ctypes.byref(struct), ctypes.byref(states), *at, threads)
+        else:
+            self._multiply(ctypes.byref(struct), *at, digits, threads)
         return y
 
     def rotate(self, x: Tensor, signs: Tensor, matrix: Tensor) -> Tensor:
@@ -137,8 +177,12 @@ class Library:
             end: behind the last one.
             room: ``[in, end - begin]`` with both rounded up to multiples of ``TILE``, contiguous, float32 or bfloat16.
         """
-        struct, stride, kind = layer.struct(), room.shape[1], TYPES[room.dtype]
-        self._dense(ctypes.byref(struct), begin, end, room.data_ptr(), stride, kind, torch.get_num_threads())
+        struct, threads = layer.struct(), torch.get_num_threads()
+        to = begin, end, room.data_ptr(), room.shape[1], TYPES[room.dtype]
+        if (states := layer.states_struct()) is not None:
+            self._states_dense(ctypes.byref(struct), ctypes.byref(states), *to, threads)
+        else:
+            self._dense(ctypes.byref(struct), *to, threads)
         return room[: layer.in_features, : end - begin]
 
 

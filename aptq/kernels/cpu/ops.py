@@ -1,7 +1,7 @@
 """The product with a packed weight on the CPU as an operator of torch, which compiled graphs can hold.
 
-``torch.ops.aptq.cpu_matmul`` is defined by ``Library.define``: an operator made by ``torch.library.custom_op`` costs
-several microseconds more a call, which small layers would feel.
+``torch.ops.aptq.cpu_matmul`` and ``cpu_trellis_matmul`` are defined by ``Library.define``: an operator made by
+``torch.library.custom_op`` costs several microseconds more a call, which small layers would feel.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from aptq.kernels.operators import define_product
 
 _DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 """Bytes of the fixed-point numbers that activations become: enough that rounding to the dtype is what one sees."""
+
+_DIRECT_STATES = 8
+"""Rows that are multiplied by the values of states as they are looked up, four with one lookup (docs/backends.md)."""
 
 _ROOM = 1 << 20
 """Weights that are unpacked at once for a dense product."""
@@ -55,6 +58,18 @@ def cpu_matmul(
     return y.view(*x.shape[:-1], packed.out_features)
 
 
+def cpu_trellis_matmul(
+    x: Tensor, qweight: Tensor, scales: Tensor, states: Tensor, group: int, architecture: str, folder: str
+) -> Tensor:
+    """Return what ``cpu_matmul`` does for a weight whose values are those of states (``Packed.states``)."""
+    kernels = load_kernels(architecture, folder)
+    packed = Packed(qweight, scales, None, None, None, x.shape[-1], group, states)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    direct = rows.shape[0] <= _DIRECT_STATES
+    y = kernels.multiply(rows, packed, 0) if direct else _by_strips(kernels, packed, rows)
+    return y.view(*x.shape[:-1], packed.out_features)
+
+
 def _direct_rows(kernels: Library, packed: Packed, dtype: torch.dtype, int8: bool) -> float:
     """Return how many rows are multiplied by the codes themselves; for more, a dense product of strips is faster.
 
@@ -86,5 +101,11 @@ define_product(
     "cpu_matmul",
     "Tensor? below, Tensor? qzeros, Tensor? levels, int group, bool int8, str architecture, str folder",
     cpu_matmul,
+    "CPU",
+)
+define_product(
+    "cpu_trellis_matmul",
+    "Tensor states, int group, str architecture, str folder",
+    cpu_trellis_matmul,
     "CPU",
 )

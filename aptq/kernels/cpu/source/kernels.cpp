@@ -4,6 +4,7 @@
 #include "pool.h"
 #include "rotate.h"
 #include "trellis.h"
+#include "trellis_product.h"
 
 // Memory that is given back, aligned for vectors.
 template <class Element>
@@ -66,15 +67,23 @@ static void integers(const Layer& layer, const void* x, void* y, int64_t rows, i
     });
 }
 
+// Rows of activations as floats, zeros behind the last input.
+struct FloatRows {
+    int64_t width;
+    Buffer<float> values;
+    FloatRows(const Layer& layer, const void* x, int64_t rows, int64_t type)
+        : width(ceil_div(layer.inputs, UNIT) * UNIT), values(rows * width) {
+        for (int64_t m = 0; m < rows; m++)
+            for (int64_t k = 0; k < width; k++)
+                values.data[m * width + k] = k < layer.inputs ? to_float(x, type, m * layer.inputs + k) : 0.0f;
+    }
+};
+
 template <int BITS>
 static void levels(const Layer& layer, const void* x, void* y, int64_t rows, int64_t type, int64_t threads) {
-    int64_t width = ceil_div(layer.inputs, UNIT) * UNIT;
-    Buffer<float> floats(rows * width);
-    for (int64_t m = 0; m < rows; m++)
-        for (int64_t k = 0; k < width; k++)
-            floats.data[m * width + k] = k < layer.inputs ? to_float(x, type, m * layer.inputs + k) : 0.0f;
+    FloatRows floats(layer, x, rows, type);
     in_strips(layer, rows, y, type, threads, [&](Range range, float* to, int64_t stride) {
-        multiply_levels_range<BITS>(layer, floats.data, width, rows, range, to, stride);
+        multiply_levels_range<BITS>(layer, floats.values.data, floats.width, rows, range, to, stride);
     });
 }
 
@@ -88,9 +97,9 @@ static void product(const Layer& layer, const void* x, void* y, int64_t rows, in
     else integers<BITS, 3>(layer, x, y, rows, type, threads);
 }
 
-template <class Run>
+template <int MOST = 8, class Run>
 static void by_bits(int64_t bits, Run&& run) {
-    each<8>([&](auto below) {
+    each<MOST>([&](auto below) {
         if (bits == below.value + 1) run(Constant<below.value + 1>{});
     });
 }
@@ -125,6 +134,34 @@ void aptq_trellis(const float* values, const float* scales, const float* table, 
         by_bits(bits, [&](auto width) {
             best_path<width.value>(values + column * rows, scales + column * rows, table, rows, state_bits,
                                    codes + column * rows);
+        });
+    });
+}
+
+// y [rows, outputs] = x [rows, inputs] W^T, both of `type`, for values of states; codes have up to 6 bits, states up to 12.
+void aptq_trellis_multiply(const Layer* layer, const States* states, const void* x, void* y, int64_t rows, int64_t type,
+                           int64_t threads) {
+    FloatRows floats(*layer, x, rows, type);
+    in_strips(*layer, rows, y, type, threads, [&](Range range, float* to, int64_t stride) {
+        by_bits<6>(layer->bits, [&](auto bits) {
+            auto run = states->pairs ? multiply_states_range<bits.value, true> : multiply_states_range<bits.value, false>;
+            run(*layer, *states, floats.values.data, floats.width, rows, range, to, stride);
+        });
+    });
+}
+
+// As aptq_dense, for values of states.
+void aptq_trellis_dense(const Layer* layer, const States* states, int64_t begin, int64_t end, void* to, int64_t stride,
+                        int64_t type, int64_t threads) {
+    in_parallel(ceil_div(end - begin, TILE), threads, [&](int64_t part) {
+        Range range{begin + part * TILE, begin + (part + 1) * TILE};
+        if (range.end > end) range.end = end;
+        char* place = (char*)to + part * TILE * size_of(type);
+        by_bits<6>(layer->bits, [&](auto bits) {
+            constexpr int B = bits.value;
+            auto run = states->pairs ? (type == FLOAT32 ? write_states<B, FLOAT32, true> : write_states<B, BFLOAT16, true>)
+                                     : (type == FLOAT32 ? write_states<B, FLOAT32, false> : write_states<B, BFLOAT16, false>);
+            run(*layer, *states, range, place, stride);
         });
     });
 }

@@ -75,6 +75,22 @@ static inline Words code(const Words* words) {
     return codes;
 }
 
+// In all planes, the code that lies 16 bits above the one of an input is that of the input so many behind it.
+constexpr int halfway(int bits) { return 16 / primary(bits); }
+
+// Return codes K and K + halfway(BITS) of a unit in the halves of every lane, UP bits above their lowest.
+template <int BITS, int K, int UP>
+static inline Words two_codes(const Words* words) {
+    Words codes{};
+    each<planes(BITS)>([&](auto plane) {
+        constexpr Place at = place(BITS, plane.value, K), next = place(BITS, plane.value, K + halfway(BITS));
+        static_assert(at.word == next.word && at.shift + 16 == next.shift);
+        constexpr int low = low_of(BITS, plane.value) + UP;
+        codes |= shifted<at.shift - low>(words[at.word]) & (((1u << width_of(BITS, plane.value)) - 1) * 0x10001u << low);
+    });
+    return codes;
+}
+
 // Words and shifts of LANES consecutive codes of one unit, for each plane.
 template <int BITS>
 struct Spread {

@@ -19,6 +19,7 @@ constexpr int LANES = 8;
 
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 4)));
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 
 template <class Vector, class Element>
@@ -74,6 +75,30 @@ struct Table {
     explicit Table(const float* from) : entries(_mm512_loadu_ps(from)) {}
     Floats operator[](Words index) const { return (Floats)_mm512_permutexvar_ps((__m512i)index, entries); }
 };
+// Move lanes up by COUNT, a power of two, the last ones of `before` in front.
+template <int COUNT>
+static inline Words moved(Words before, Words words) {
+    return (Words)_mm512_alignr_epi32((__m512i)words, (__m512i)before, LANES - COUNT);
+}
+// Lanes 0, 2, 4, ... of two vectors, and lanes 1, 3, 5, ...
+static inline void deinterleave(Words low, Words high, Words& even, Words& odd) {
+    const __m512i from = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    even = (Words)_mm512_permutex2var_epi32((__m512i)low, from, (__m512i)high);
+    odd = (Words)_mm512_permutex2var_epi32((__m512i)low, from | _mm512_set1_epi32(1), (__m512i)high);
+}
+static inline void interleave(Floats even, Floats odd, Floats& low, Floats& high) {
+    const __m512i from = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    low = (Floats)_mm512_permutex2var_ps((__m512)even, from, (__m512)odd);
+    high = (Floats)_mm512_permutex2var_ps((__m512)even, from + _mm512_set1_epi32(8), (__m512)odd);
+}
+static inline Floats gather(const float* table, Words index) {
+    return (Floats)_mm512_i32gather_ps((__m512i)index, table, 4);
+}
+// Entries of two floats each: those of the first half of the lanes, and of the second.
+static inline void gather_pairs(const float* table, Words index, Floats& low, Floats& high) {
+    low = (Floats)_mm512_i32gather_pd(_mm512_castsi512_si256((__m512i)index), (const double*)table, 8);
+    high = (Floats)_mm512_i32gather_pd(_mm512_extracti64x4_epi64((__m512i)index, 1), (const double*)table, 8);
+}
 // sums + the products of 16-bit halves, added in pairs.
 static inline Ints dot_pairs(Ints sums, Ints left, Ints right) {
 #ifdef __AVX512VNNI__
@@ -111,6 +136,29 @@ struct Table {
         return (Floats)_mm256_blendv_ps(below, above, (__m256)(index << 28));  // by bit 3, moved to the sign
     }
 };
+template <int COUNT>
+static inline Words moved(Words before, Words words) {
+    __m256i middle = _mm256_permute2x128_si256((__m256i)before, (__m256i)words, 0x21);
+    if constexpr (COUNT == 4) return (Words)middle;
+    else return (Words)_mm256_alignr_epi8((__m256i)words, middle, 16 - 4 * COUNT);
+}
+static inline void deinterleave(Words low, Words high, Words& even, Words& odd) {
+    __m256 a = _mm256_shuffle_ps((__m256)low, (__m256)high, 0x88), b = _mm256_shuffle_ps((__m256)low, (__m256)high, 0xDD);
+    even = (Words)_mm256_permute4x64_epi64((__m256i)a, 0xD8);
+    odd = (Words)_mm256_permute4x64_epi64((__m256i)b, 0xD8);
+}
+static inline void interleave(Floats even, Floats odd, Floats& low, Floats& high) {
+    __m256 a = _mm256_unpacklo_ps((__m256)even, (__m256)odd), b = _mm256_unpackhi_ps((__m256)even, (__m256)odd);
+    low = (Floats)_mm256_permute2f128_ps(a, b, 0x20);
+    high = (Floats)_mm256_permute2f128_ps(a, b, 0x31);
+}
+static inline Floats gather(const float* table, Words index) {
+    return (Floats)_mm256_i32gather_ps(table, (__m256i)index, 4);
+}
+static inline void gather_pairs(const float* table, Words index, Floats& low, Floats& high) {
+    low = (Floats)_mm256_i32gather_pd((const double*)table, _mm256_castsi256_si128((__m256i)index), 8);
+    high = (Floats)_mm256_i32gather_pd((const double*)table, _mm256_extracti128_si256((__m256i)index, 1), 8);
+}
 static inline Ints dot_pairs(Ints sums, Ints left, Ints right) {
     return sums + (Ints)_mm256_madd_epi16((__m256i)left, (__m256i)right);
 }
