@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import aptq
+from aptq import registry
 from aptq.api import AptqError, Option, RoundableFormat
 from aptq.finished import job_of
 from aptq.registry import build
@@ -99,14 +100,20 @@ def test_the_student_multiplies_in_the_basis_that_the_layer_is_stored_in() -> No
         assert torch.equal(layer(x), functional.linear(x, weight))
 
 
-def test_a_model_is_teacher_and_student_and_shares_the_rest(make_run: Callable[..., Path], model_folder: Path) -> None:
-    folder = make_run()
+@pytest.mark.parametrize("overrides", [(), ("transform=none",)])
+def test_a_model_is_teacher_and_student_and_shares_the_rest(
+    overrides: tuple[str, ...], make_run: Callable[..., Path], model_folder: Path
+) -> None:
+    folder = make_run(*overrides)
     original = AutoModelForCausalLM.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     weights = {
         name: module.weight.data_ptr() for name, module in model.named_modules() if isinstance(module, nn.Linear)
     }
-    students = enroll(model, job_of(Run.read(folder)))
+    job = job_of(Run.read(folder))
+    basis = registry.build("transform", job.transform_config) if job.transform_config else None
+    assert (basis is None) == bool(overrides), "rotated by default"
+    students = enroll(model, job, transform=basis)
     assert {name: layer.weight.data_ptr() for name, layer in students.items()}.items() <= weights.items()
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained == [f"{name}.master" for name in students]
