@@ -80,18 +80,19 @@ def _exchanged(table: Choices, max_cost: float) -> Choices:
     Raises:
         AptqError: no plan costs so little.
     """
-    least, most = float(table.costs.min(axis=1).sum()), float(np.where(np.isfinite(table.costs), table.costs, 0).max())
+    allowed = np.isfinite(table.costs)
+    finite = np.where(allowed, table.costs, 0)
+    least = float(table.costs.min(axis=1).sum())
     if least > max_cost:
-        smallest = table.sizes.argmin(axis=1)
+        smallest = np.where(allowed, table.sizes, np.iinfo(np.int64).max).argmin(axis=1)
         raise AptqError(
             f"allocator.max_cost={max_cost:g} cannot be kept: these layers are predicted to cost between {least:.4g} "
             f"and {table.cost(smallest):.4g}. Offer more bits in allocator.bits, or allow more."
         )
-    unit = max(most, max_cost) / _FINE
-    allowed = np.isfinite(table.costs)
+    unit = max(float(finite.max()), max_cost) / _FINE
     return replace(
         table,
         costs=np.where(allowed, table.sizes, np.inf),
-        sizes=np.where(allowed, np.ceil(np.where(allowed, table.costs, 0) / unit), 0).astype(np.int64),
+        sizes=np.ceil(finite / unit).astype(np.int64),
         limit=int(max_cost / unit),
     )

@@ -68,6 +68,12 @@ def test_a_cost_that_cannot_be_kept_is_refused_with_the_range() -> None:
         Pareto(max_cost=1e-30).allocate(problem())
 
 
+def test_the_range_is_that_of_what_pins_leave() -> None:
+    first, *_ = problem().shapes
+    with pytest.raises(AptqError, match=r"between [\d.e+-]+ and [\d.e+-]+\. Offer"):
+        Pareto(max_cost=1e-30, pin={first: 8}).allocate(problem())
+
+
 def test_pins_hold_within_a_cost_and_on_the_front() -> None:
     name = next(iter(problem().shapes))
     pinned = Pareto(max_cost=1e9, pin={name: 4})
