@@ -6,27 +6,18 @@ is left as JSON, for our quantizer to go by. Nothing of aptq is imported here.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import time
-from pathlib import Path
+
+from scheme_options import parse
 
 _SCHEMES = ("W2A16G64", "W3A16G64", "W4A16G64", "W8A16G64")
 
 
 def main() -> None:
     """Write ``{"plans": {budget: {layer: bits}}, "seconds": float, "versions": {...}}``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--calibration", required=True, help="jsonl with texts")
-    parser.add_argument("--budgets", type=float, nargs="+", required=True, help="average bits of codes")
-    parser.add_argument("--samples", type=int, required=True)
-    parser.add_argument("--length", type=int, required=True)
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = parse(__doc__)
 
     import torch
     from auto_round import AutoRound, AutoScheme
@@ -40,7 +31,7 @@ def main() -> None:
             avg_bits=budget,
             options=_SCHEMES,
             ignore_scale_zp_bits=True,
-            dataset=arguments.calibration,
+            dataset=str(arguments.calibration),
             nsamples=arguments.samples,
             seqlen=arguments.length,
         )
@@ -50,7 +41,7 @@ def main() -> None:
             scheme=scheme,
             iters=0,
             sym=False,
-            dataset=arguments.calibration,
+            dataset=str(arguments.calibration),
             nsamples=arguments.samples,
             seqlen=arguments.length,
             seed=arguments.seed,

@@ -7,7 +7,6 @@ for one by one. What it chose is left as JSON, for our quantizer to go by. Nothi
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import time
@@ -16,6 +15,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from scheme_options import parse
+
 _WIDTHS = (2, 3, 4, 8)
 _WEIGHTS = "weight_quantizer"
 _HEAD = "lm_head"
@@ -23,16 +24,7 @@ _HEAD = "lm_head"
 
 def main() -> None:
     """Write ``{"plans": {budget: {layer: bits}}, "seconds": float, "versions": {...}}``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--calibration", type=Path, required=True, help="jsonl with texts")
-    parser.add_argument("--budgets", type=float, nargs="+", required=True, help="average bits of codes")
-    parser.add_argument("--samples", type=int, required=True)
-    parser.add_argument("--length", type=int, required=True)
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = parse(__doc__)
 
     import modelopt.torch.quantization as mtq
     import torch
