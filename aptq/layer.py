@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aptq.api import ActivationQuantizer, AptqError, Backend, Format, LayerSpec, Option, Transform
+from aptq.api import ActivationQuantizer, AptqError, Backend, Format, LayerSpec, Option, Transform, TransformBackend
 from aptq.backends.select import Choice, choose_backend
 from aptq.packed import PackedModule
 
@@ -72,6 +72,7 @@ class PackedLinear(PackedModule):
         self._installed: Mapping[str, Backend] | None = None
         self._spec = self._make_spec()
         self._reads: dict[str, str] = {}  # name that the backend reads -> attribute that holds it
+        self._turns = transform is not None  # whether inputs are to be transformed before the backend has them
 
     def dense(self) -> Tensor:
         """Return ``W [out, in]`` in float32: what is stored, in the model's own basis."""
@@ -103,6 +104,8 @@ class PackedLinear(PackedModule):
                 self._reads[name] = _PREPACKED + name
                 self.register_buffer(_PREPACKED + name, tensor, persistent=False)
         self.choice, self._requested, self._installed, self._spec = choice, backend, installed, spec
+        itself = isinstance(choice.backend, TransformBackend) and choice.backend.transforms(spec)
+        self._turns = self.transform is not None and not itself
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x W^T + b`` for ``x [..., in]`` (float32, float16 or bfloat16), as ``[..., out]`` in its dtype."""
@@ -115,8 +118,8 @@ class PackedLinear(PackedModule):
             return self._forward_tied(x)
         buffers = self._buffers  # get_buffer() takes as long as a small product
         tensors = {name: buffers[attribute] for name, attribute in self._reads.items()}
-        if self.transform is not None:
-            x = self.transform.apply(x)
+        if self._turns:
+            x = self.transform.apply(x)  # type: ignore[union-attr]  # there is one
         y = self.choice.backend.matmul(x, tensors, self._spec)  # type: ignore[arg-type]  # each is a tensor
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -152,6 +155,7 @@ class PackedLinear(PackedModule):
             dtype=self.dtype,
             device=self.device,
             activation=self.activation,
+            transform=self.transform,
         )
 
     def _clear_prepacked(self) -> None:

@@ -44,6 +44,7 @@ from aptq.api.execution import (
     ActivationBackend,
     Backend,
     LayerSpec,
+    TransformBackend,
 )
 from aptq.api.model import (
     Block,
@@ -80,6 +81,8 @@ from aptq.api.rounding import (
     format_of,
 )
 from aptq.api.transforms import (
+    Rotation,
+    RotationTransform,
     Transform,
 )
 from aptq.errors import (
@@ -131,6 +134,8 @@ __all__ = [
     "Quantizer",
     "QuantizedWeight",
     "RefitGrid",
+    "Rotation",
+    "RotationTransform",
     "RoundableFormat",
     "Rounded",
     "RowFormat",
@@ -139,6 +144,7 @@ __all__ = [
     "StoredEmbedding",
     "TimedAllocator",
     "Transform",
+    "TransformBackend",
     "TransformExporter",
     "TransformFormat",
     "format_of",

@@ -12,6 +12,7 @@ from torch import Tensor
 from aptq.api.activations import ActivationQuantizer
 from aptq.api.model import Option
 from aptq.api.rounding import Format
+from aptq.api.transforms import Transform
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -26,6 +27,7 @@ class LayerSpec:
     dtype: torch.dtype  # of the activations
     device: torch.device
     activation: ActivationQuantizer | None = None  # what quantizes the inputs, if anything does
+    transform: Transform | None = None  # the basis of the weight, which the inputs are brought into
 
 
 @runtime_checkable
@@ -56,3 +58,14 @@ class ActivationBackend(Backend, Protocol):
     @property
     def quantizes_activations(self) -> bool:
         """Whether it does; what it cannot, ``refuses`` still refuses."""
+
+
+@runtime_checkable
+class TransformBackend(Backend, Protocol):
+    """A backend that may transform the inputs: ``matmul`` then gives ``spec.transform.apply(x) @ W^T``.
+
+    Of one that does not say so, or not for a layer, ``matmul`` is given inputs that are in the weight's basis.
+    """
+
+    def transforms(self, spec: LayerSpec) -> bool:
+        """Return whether it does for a layer with a transform that it does not refuse."""

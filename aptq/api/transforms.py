@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -26,3 +27,23 @@ class Transform(Protocol):
 
     def invert(self, x: Tensor) -> Tensor:
         """Return ``x T^T`` likewise: ``invert(apply(x))`` is ``x`` but for rounding."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rotation:
+    """``T = D (C (x) H)``, for those who apply it themselves: ``H`` is the Hadamard matrix of entries 1 and -1.
+
+    With ``in = parts * 2^k``, row by row: ``x * signs`` as ``[parts, 2^k]``, times ``H`` from the right, times ``C``
+    from the left.
+    """
+
+    signs: Tensor  # float32 [in]: D
+    matrix: Tensor  # float32 [parts, parts], symmetric and contiguous: C, with the norm that makes T orthogonal
+
+
+@runtime_checkable
+class RotationTransform(Transform, Protocol):
+    """A transform that is a ``Rotation``; backends that know those apply it in the same call as the product."""
+
+    def rotation(self, in_features: int) -> Rotation:
+        """Return ``T`` of a width that ``check`` allows, on the CPU."""

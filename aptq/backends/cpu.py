@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from aptq import packing
-from aptq.api import AptqError, LayerSpec
+from aptq.api import AptqError, LayerSpec, RotationTransform
 from aptq.backends.planar import FLOATS, refuses_dtype, unreadable
-from aptq.kernels.cpu import ARCHITECTURES, FOLDER, load_kernels, table_of_states
+from aptq.kernels.cpu import ARCHITECTURES, FOLDER, load_kernels, ops, table_of_states
+from aptq.kernels.operators import plain
 from aptq.meaning import Integers, Levels, States, meaning_of
 
 _UNIT = packing.UNIT
@@ -63,38 +64,37 @@ class Cpu:
             return str(error)
         return None
 
+    def transforms(self, spec: LayerSpec) -> bool:
+        """Rotate the inputs where the transform is a rotation."""
+        return isinstance(spec.transform, RotationTransform)
+
     def prepack(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
-        """Return the checkpoint's own tensors, and the table of levels or states where the format has one."""
+        """Return the checkpoint's own tensors, with the table of levels or states where the format has one, and the
+        rotation of the inputs where there is one; layers of a kind share both."""
+        read = dict(tensors)
         meaning = meaning_of(spec.format, spec.option)
         if isinstance(meaning, States):
-            return {**tensors, "states": _shared_table(meaning, spec.option.bits)}
-        if not isinstance(meaning, Levels):
-            return dict(tensors)
-        table = torch.zeros(16)
-        table[: len(meaning.levels)] = meaning.levels
-        return {**tensors, "levels": table}
+            read["states"] = _shared_table(meaning, spec.option.bits)
+        elif isinstance(meaning, Levels):
+            table = torch.zeros(16)
+            table[: len(meaning.levels)] = meaning.levels
+            read["levels"] = table
+        if isinstance(spec.transform, RotationTransform):
+            rotation = spec.transform.rotation(spec.in_features)
+            read |= {"signs": rotation.signs, "matrix": rotation.matrix}
+        return read
 
     def matmul(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
-        """Return ``x @ W^T`` for ``x [..., in]``, as ``[..., out]`` in the dtype of ``x``."""
-        if "states" in tensors:
-            return self._matmul_states(x, tensors, _group(spec))
-        y: Tensor = torch.ops.aptq.cpu_matmul(
-            x,
-            tensors["qweight"],
-            tensors["scales"],
-            tensors.get("scales_below"),
-            tensors.get("qzeros"),
-            tensors.get("levels"),
-            _group(spec),
-            self.activations == "int8",
-            self.architecture,
-            self.cache_dir,
-        )
-        return y
-
-    def _matmul_states(self, x: Tensor, tensors: Mapping[str, Tensor], group: int) -> Tensor:
-        packed = tensors["qweight"], tensors["scales"], tensors["states"]
-        y: Tensor = torch.ops.aptq.cpu_trellis_matmul(x, *packed, group, self.architecture, self.cache_dir)
+        """Return ``x @ W^T``, or ``x T @ W^T``, for ``x [..., in]``, as ``[..., out]`` in the dtype of ``x``."""
+        operators = ops if x.is_cpu and plain(x) else torch.ops.aptq
+        held, turn = tensors.get, (tensors.get("signs"), tensors.get("matrix"))
+        codes, build, group = (tensors["qweight"], tensors["scales"]), (self.architecture, self.cache_dir), _group(spec)
+        y: Tensor
+        if (states := held("states")) is not None:
+            y = operators.cpu_trellis_matmul(x, *codes, states, *turn, group, *build)
+        else:
+            values = held("scales_below"), held("qzeros"), held("levels")
+            y = operators.cpu_matmul(x, *codes, *values, *turn, group, self.activations == "int8", *build)
         return y
 
 

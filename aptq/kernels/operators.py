@@ -10,6 +10,14 @@ from torch import Tensor
 OPERATORS = torch.library.Library("aptq", "FRAGMENT")
 
 
+def plain(x: Tensor) -> bool:
+    """Return whether an operator's work may be done on ``x`` without the operator, whose cost small layers would feel.
+
+    Tensors without data, gradients, and graphs that are being traced have to meet the operator.
+    """
+    return type(x) is Tensor and not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled())
+
+
 def define_product(name: str, arguments: str, product: Callable[..., Tensor], device: str) -> None:
     """Define ``torch.ops.aptq.<name>``, which compiled and captured graphs can hold.
 

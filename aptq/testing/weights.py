@@ -19,6 +19,8 @@ from aptq.api import (
     QuantizedWeight,
     Quantizer,
     Rounded,
+    Transform,
+    TransformBackend,
 )
 from aptq.testing.assertions import (
     Shape,
@@ -164,8 +166,11 @@ def check_backend(
     group_sizes: Sequence[int] = (32, 64),
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
     device: torch.device | str = "cpu",
+    transform: Transform | None = None,
 ) -> None:
     """Check a backend against ``x @ dequantize(W)^T`` in float64, for every layer that it does not refuse.
+
+    With a transform, a ``TransformBackend`` has to apply it, and the others are given inputs that have it.
 
     Raises:
         AssertionError: a product is wrong, tensors of the checkpoint were changed, or every layer was refused.
@@ -183,6 +188,7 @@ def check_backend(
                 option=option,
                 dtype=dtype,
                 device=torch.device(device),
+                transform=transform,
             )
             reason = backend.refuses(spec)
             expect(
@@ -206,9 +212,14 @@ def _check_product(backend: Backend, spec: LayerSpec) -> None:
     stored = {name: tensor.to(spec.device) for name, tensor in spec.format.pack(quantized, spec.option).items()}
     before = {name: tensor.clone() for name, tensor in stored.items()}
     tensors = backend.prepack(stored, spec)
+    itself = isinstance(backend, TransformBackend) and spec.transform is not None and backend.transforms(spec)
     generator = torch.Generator().manual_seed(11)
     for size in ((), (1,), (0,), (17,), (2, 3)):
         x = torch.randn(*size, spec.in_features, generator=generator).to(spec.dtype).to(spec.device)
+        wide = x.double().cpu()
+        if spec.transform is not None:
+            wide = spec.transform.apply(wide)
+            x = x if itself else spec.transform.apply(x)
         given = x.clone()
         product = backend.matmul(x, tensors, spec)
         expect(
@@ -216,7 +227,6 @@ def _check_product(backend: Backend, spec: LayerSpec) -> None:
             f"{case}: matmul() gives {tuple(product.shape)} {product.dtype} for x {tuple(x.shape)} {x.dtype}.",
         )
         expect_equal(x, given, f"{case}: matmul() changed x")
-        wide = x.double().cpu()
         error = (product.double().cpu() - wide @ exact.T).abs() / (wide.abs() @ exact.abs().T).clamp(min=1e-30)
         worst = float(error.max()) if error.numel() else 0.0
         expect(

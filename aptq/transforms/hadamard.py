@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aptq.api import AptqError
-from aptq.kernels.cpu import TYPES, kernels_for
-from aptq.kernels.operators import OPERATORS
+from aptq.api import AptqError, Rotation
+from aptq.kernels.cpu import TYPES, Turn, kernels_for
+from aptq.kernels.operators import OPERATORS, plain
 
 _WIDEST = 64  # factor, as far as the odd part allows: a product with one of them is a small dense one
 _LARGEST_ODD = 2048
@@ -56,10 +56,14 @@ class Hadamard:
         """Return ``x T^T``; see ``aptq.api.Transform``."""
         return self._turned(x, back=True)
 
+    def rotation(self, in_features: int) -> Rotation:
+        """Return ``T`` by its parts; see ``aptq.api.RotationTransform``."""
+        signs = _signs(self.seed, in_features, torch.float32, torch.device("cpu"))
+        return Rotation(signs=signs, matrix=_odd_factor(in_features))
+
     def _turned(self, x: Tensor, back: bool) -> Tensor:
-        plain = type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
-        if plain and not torch.compiler.is_compiling():
-            return turned(x, self.seed, back)  # without the operator's cost, which small layers would feel
+        if plain(x):
+            return turned(x, self.seed, back)
         y: Tensor = torch.ops.aptq.hadamard(x, self.seed, back)  # tensors without data, and graphs, stop at it
         return y
 
@@ -72,13 +76,13 @@ def turned(x: Tensor, seed: int, back: bool) -> Tensor:
     if back:
         return (_mixed(x.to(exact)) * signs).to(x.dtype)
     if x.device.type == "cpu" and x.dtype in TYPES and (kernels := kernels_for("transform=hadamard")) is not None:
-        return kernels.rotate(x.reshape(-1, width).contiguous(), signs, _odd_factor(width)).view(x.shape)
+        return kernels.rotate(x.reshape(-1, width).contiguous(), Turn(signs, _odd_factor(width))).view(x.shape)
     return _mixed(x.to(exact) * signs).to(x.dtype)
 
 
 @lru_cache(maxsize=64)
 def _odd_factor(width: int) -> Tensor:
-    """Return ``C`` of a width as the kernel takes it: what norm ``H`` is to have is in it."""
+    """Return ``C`` of a width as ``Rotation`` has it: what norm ``H`` is to have is in it."""
     odd = width // (width & -width)
     return (_factor(odd, torch.float64, torch.device("cpu")) * math.sqrt(odd / width)).float().contiguous()
 

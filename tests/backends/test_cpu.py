@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ from aptq.api import AptqError, Backend, Format, LayerSpec, Option
 from aptq.backends.cpu import Cpu
 from aptq.backends.reference import Reference
 from aptq.backends.select import choose_backend
+from aptq.formats.float import Float
 from aptq.formats.integer import Integer
 from aptq.formats.trellis import Trellis
 from aptq.formats.trellis_code import states_of, values_of_states
 from aptq.layer import PackedLinear
 from aptq.testing import check_backend
+from aptq.transforms.hadamard import Hadamard
 from tests.backends.specs import FORMATS, TRELLISES, layer_of, spec_of
 
 CPU = Cpu()
@@ -34,6 +37,27 @@ def test_conformance(format: Format) -> None:
 @pytest.mark.parametrize("format", TRELLISES.values(), ids=TRELLISES)
 def test_conformance_of_states(format: Format) -> None:
     check_backend(CPU, format=format, bits=(1, 2, 3, 4, 5, 6), shapes=((64, 128), (5, 33)), group_sizes=(32, 64, -1))
+
+
+@pytest.mark.parametrize("format", [Integer(), Float(), Trellis()], ids=lambda format: type(format).__name__)
+def test_it_rotates_inputs_itself(format: Format) -> None:
+    check_backend(CPU, format=format, bits=(3,), shapes=((64, 128), (5, 33)), group_sizes=(32,), transform=Hadamard(1))
+
+
+def test_layers_of_a_width_share_their_rotation() -> None:
+    made = [
+        PackedLinear(
+            64, 32, bias=False, format=Integer(), format_name="integer", option=Option(4, 64), transform=transform
+        )
+        for transform in (Hadamard(), Hadamard(), Hadamard(seed=1))
+    ]
+    for layer in made:
+        layer.select_backend("cpu", {"cpu": CPU})
+    first, second, other = (dict(layer.named_buffers())["prepacked_signs"].data_ptr() for layer in made)
+    assert first == second != other
+    assert "prepacked_signs" not in made[0].state_dict()
+    x = torch.randn(2, 64)
+    assert torch.equal(copy.deepcopy(made[0])(x), made[0](x))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from aptq.backends.cpu import Cpu
 from aptq.formats.trellis_code import states_of
 from aptq.kernels.cpu import load_kernels, ops, table_of_states
 from aptq.kernels.cpu.build import build
-from aptq.kernels.cpu.library import TYPES, Packed
+from aptq.kernels.cpu.library import TYPES, Packed, Turn
+from aptq.transforms.hadamard import Hadamard
 
 FOLDER = Cpu().cache_dir
 
@@ -85,7 +87,7 @@ def test_every_output_is_written_and_nothing_else(monkeypatch: pytest.MonkeyPatc
         layer, dense = random_layer(out_features, in_features, bits, 32, zeros=True)
         guarded = torch.full((5, 3 + 2, out_features), float("nan"))
 
-        def poisoned(self: Tensor, *shape: int, room: Tensor = guarded) -> Tensor:
+        def poisoned(self: Tensor, shape: tuple[int, int], room: Tensor = guarded) -> Tensor:
             return room[1].view(-1)[: shape[0] * shape[1]].view(shape)
 
         x = torch.randn(3, in_features)
@@ -108,15 +110,21 @@ def test_dense_strips_are_the_weight(bits: int, dtype: torch.dtype) -> None:
         assert torch.equal(strip, dense[begin:end].T.float().to(dtype))
 
 
-def arguments(x: Tensor, bits: int = 4) -> tuple[object, ...]:
+def turn_of(width: int) -> Turn:
+    rotation = Hadamard().rotation(width)
+    return Turn(rotation.signs, rotation.matrix)
+
+
+def arguments(x: Tensor, bits: int = 4, turn: Iterable[Tensor | None] = (None, None)) -> tuple[object, ...]:
     layer, _ = random_layer(40, x.shape[-1], bits, 32, zeros=True)
-    return x, layer.qweight, layer.scales, None, layer.qzeros, None, 32, False, "native", FOLDER
+    return x, layer.qweight, layer.scales, None, layer.qzeros, None, *turn, 32, False, "native", FOLDER
 
 
 @pytest.mark.parametrize("dtype", list(TYPES))
 @pytest.mark.parametrize("leading", [(), (3,), (2, 1, 3)])
 def test_opcheck(leading: tuple[int, ...], dtype: torch.dtype) -> None:
-    torch.library.opcheck(torch.ops.aptq.cpu_matmul, arguments(torch.randn(*leading, 70).to(dtype)))
+    for turn in ((None, None), turn_of(70)):
+        torch.library.opcheck(torch.ops.aptq.cpu_matmul, arguments(torch.randn(*leading, 70).to(dtype), turn=turn))
 
 
 def random_states(
@@ -178,8 +186,37 @@ def test_dense_strips_of_states_are_the_weight(bits: int, dtype: torch.dtype) ->
 def test_opcheck_of_states(leading: tuple[int, ...], dtype: torch.dtype) -> None:
     layer, _ = random_states(40, 70, 3, 32, 10)
     x = torch.randn(*leading, 70).to(dtype)
-    given = x, layer.qweight, layer.scales, layer.states, 32, "native", FOLDER
-    torch.library.opcheck(torch.ops.aptq.cpu_trellis_matmul, given)
+    for turn in ((None, None), turn_of(70)):
+        given = x, layer.qweight, layer.scales, layer.states, *turn, 32, "native", FOLDER
+        torch.library.opcheck(torch.ops.aptq.cpu_trellis_matmul, given)
+
+
+@pytest.mark.parametrize("dtype", list(TYPES))
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_inputs_are_rotated_as_by_themselves(rows: int, dtype: torch.dtype) -> None:
+    """The same bits, whether a product rotates its inputs or is given rotated ones."""
+    kernels, x, turn = load_kernels("native", FOLDER), torch.randn(rows, 576).to(dtype), turn_of(576)
+    turned = kernels.rotate(x, turn)
+    assert not torch.equal(turned, x)
+    for layer, _ in (random_layer(40, 576, 4, 64, zeros=True), random_states(40, 576, 3, 64, 10)):
+        assert torch.equal(kernels.multiply(x, layer, 3, turn), kernels.multiply(turned, layer, 3))
+        assert torch.equal(ops._by_strips(kernels, layer, x, turn), ops._by_strips(kernels, layer, turned, None))
+
+
+def test_inputs_of_another_width_are_refused() -> None:
+    for width in (64, 97):
+        with pytest.raises(AptqError, match=f"width {width} were given to a weight of 65 to 96 inputs"):
+            torch.ops.aptq.cpu_matmul(torch.randn(1, width), *arguments(torch.randn(1, 70))[1:])
+
+
+def test_a_layer_whose_tensors_move_is_read_where_they_are() -> None:
+    kernels, x = load_kernels("native", FOLDER), torch.randn(2, 70)
+    layer, _ = random_layer(40, 70, 4, 32, zeros=True)
+    before = kernels.multiply(x, layer, 3)
+    old = layer.qweight.data_ptr()
+    layer.qweight.share_memory_()
+    assert layer.qweight.data_ptr() != old
+    assert torch.equal(kernels.multiply(x, layer, 3), before)
 
 
 def test_many_rows_go_by_strips(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +225,7 @@ def test_many_rows_go_by_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(9, 70)
     for layer, dense in (random_layer(150, 70, 3, 32, zeros=False), random_states(150, 70, 3, 32, 10)):
         for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
-            y = ops._by_strips(kernels, layer, x.to(dtype)).double()
+            y = ops._by_strips(kernels, layer, x.to(dtype), None).double()
             exact = x.to(dtype).double() @ dense.T
             assert (y - exact).norm() <= tolerance * exact.norm()
 

@@ -2,6 +2,16 @@
 
 from aptq.kernels.cpu import ops
 from aptq.kernels.cpu.build import ARCHITECTURES
-from aptq.kernels.cpu.library import FOLDER, TYPES, Library, kernels_for, load_kernels, table_of_states
+from aptq.kernels.cpu.library import FOLDER, TYPES, Library, Turn, kernels_for, load_kernels, table_of_states
 
-__all__ = ["ARCHITECTURES", "FOLDER", "TYPES", "Library", "kernels_for", "load_kernels", "ops", "table_of_states"]
+__all__ = [
+    "ARCHITECTURES",
+    "FOLDER",
+    "TYPES",
+    "Library",
+    "Turn",
+    "kernels_for",
+    "load_kernels",
+    "ops",
+    "table_of_states",
+]

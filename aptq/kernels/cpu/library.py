@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The kernels' numbers of the dtypes that they read and write."""
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
+Reference = Any
+"""To a structure, as ``ctypes.byref`` gives it; it keeps the structure."""
 
 
 class _Layer(ctypes.Structure):
@@ -42,8 +44,13 @@ class _States(ctypes.Structure):
     _fields_ = (("values", _POINTER), ("bits", _INT), ("pairs", _INT))
 
 
-@dataclass(frozen=True, eq=False)
-class Packed:
+class _Rotation(ctypes.Structure):
+    """``struct Rotation`` of source/rotate.h."""
+
+    _fields_ = (("signs", _POINTER), ("matrix", _POINTER), ("parts", _INT))
+
+
+class Packed(NamedTuple):
     """A packed layer as the kernels read it; every tensor is contiguous."""
 
     qweight: Tensor  # int32 [ceil(in / 32), bits, out]
@@ -60,9 +67,9 @@ class Packed:
         """Width of the output."""
         return self.scales.shape[1]
 
-    def struct(self) -> _Layer:
+    def struct(self) -> Reference:
         """Return what the kernels take; it holds no reference to the tensors."""
-        return _Layer(
+        return _layer(
             self.qweight.data_ptr(),
             self.scales.data_ptr(),
             None if self.below is None else self.below.data_ptr(),
@@ -75,13 +82,41 @@ class Packed:
             TYPES[self.scales.dtype],
         )
 
-    def states_struct(self) -> _States | None:
+    def states_struct(self) -> Reference | None:
         """Return what the kernels for states take besides; None where codes stand for something themselves."""
         if self.states is None:
             return None
         pairs = self.states.dim() == 2
         bits = len(self.states).bit_length() - 1 - (self.qweight.shape[1] if pairs else 0)
-        return _States(self.states.data_ptr(), bits, pairs)
+        return _states(self.states.data_ptr(), bits, pairs)
+
+
+class Turn(NamedTuple):
+    """``T = D (C (x) H)`` as the kernels read it."""
+
+    signs: Tensor  # float32 [width]: D
+    matrix: Tensor  # float32 [parts, parts], symmetric: C; H, of entries 1 and -1, is width / parts wide
+
+    def struct(self) -> Reference:
+        """Return what the kernels take; it holds no reference to the tensors."""
+        return _rotation(self.signs.data_ptr(), self.matrix.data_ptr(), self.matrix.shape[0])
+
+
+# Structures are made once for all calls with the same addresses: that takes longer than a small product. They say
+# nothing but what they were made of, so one that is remembered beyond its tensors is never wrong.
+@lru_cache(maxsize=1 << 14)
+def _layer(*fields: int | None) -> Reference:
+    return ctypes.byref(_Layer(*fields))
+
+
+@lru_cache(maxsize=256)
+def _states(*fields: int) -> Reference:
+    return ctypes.byref(_States(*fields))
+
+
+@lru_cache(maxsize=256)
+def _rotation(*fields: int) -> Reference:
+    return ctypes.byref(_Rotation(*fields))
 
 
 def table_of_states(values: Tensor, bits: int) -> Tensor:
@@ -105,14 +140,14 @@ class Library:
         except OSError as error:
             raise AptqError(f"the built kernels {path} cannot be loaded: {error}") from error
         self._multiply, self._dense = library.aptq_multiply, library.aptq_dense
-        self._multiply.argtypes = [_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT]
+        self._multiply.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT]
         self._dense.argtypes = [_POINTER, _INT, _INT, _POINTER, _INT, _INT, _INT]
         self._rotate = library.aptq_rotate
-        self._rotate.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT]
+        self._rotate.argtypes = [_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT]
         self._trellis = library.aptq_trellis
         self._trellis.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT]
         self._states_multiply, self._states_dense = library.aptq_trellis_multiply, library.aptq_trellis_dense
-        self._states_multiply.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT]
+        self._states_multiply.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT]
         self._states_dense.argtypes = [_POINTER, _POINTER, _INT, _INT, _POINTER, _INT, _INT, _INT]
         for function in (
             *(self._multiply, self._dense, self._rotate, self._trellis),
@@ -123,35 +158,29 @@ class Library:
         self.fast_bytes: bool = library.aptq_fast_bytes() == 1
         """Whether a product of bytes is one instruction here: with it, integers beat any dense float32 product."""
 
-    def multiply(self, x: Tensor, layer: Packed, digits: int) -> Tensor:
-        """Return ``x W^T``, ``[rows, out]``, for a contiguous ``x [rows, in]`` of a dtype in ``TYPES``.
+    def multiply(self, x: Tensor, layer: Packed, digits: int, turn: Turn | None = None) -> Tensor:
+        """Return ``x W^T``, or ``x T W^T``, ``[..., out]``, for a contiguous ``x [..., in]`` of a dtype in ``TYPES``.
 
         Args:
             x: activations.
             layer: the weight.
             digits: bytes that an activation becomes where codes are integers: 1 to 3.
+            turn: ``T``; its product is rounded to the dtype of ``x``, as ``rotate`` rounds it.
         """
-        y = x.new_empty(x.shape[0], layer.out_features)
-        struct, rows, threads = layer.struct(), x.shape[0], torch.get_num_threads()
-        at = x.data_ptr(), y.data_ptr(), rows, TYPES[x.dtype]
+        y = x.new_empty((*x.shape[:-1], layer.scales.shape[1]))
+        rotation = None if turn is None else turn.struct()
+        at = x.data_ptr(), y.data_ptr(), x.numel() // layer.in_features, TYPES[x.dtype]
         if (states := layer.states_struct()) is not None:
-            self._states_multiply(ctypes.byref(struct), ctypes.byref(states), *at, threads)
+            self._states_multiply(layer.struct(), states, rotation, *at, torch.get_num_threads())
         else:
-            self._multiply(ctypes.byref(struct), *at, digits, threads)
+            self._multiply(layer.struct(), rotation, *at, digits, torch.get_num_threads())
         return y
 
-    def rotate(self, x: Tensor, signs: Tensor, matrix: Tensor) -> Tensor:
-        """Return ``x D (C (x) H)``, like ``x [rows, width]``, contiguous and of a dtype in ``TYPES``.
-
-        Args:
-            x: activations.
-            signs: ``D [width]``, float32.
-            matrix: ``C [parts, parts]``, symmetric, float32, contiguous; ``H`` of entries 1 and -1 is ``width / parts``
-                wide, a power of two.
-        """
+    def rotate(self, x: Tensor, turn: Turn) -> Tensor:
+        """Return ``x T``, like ``x [rows, width]``, contiguous and of a dtype in ``TYPES``."""
         y, (rows, width) = torch.empty_like(x), x.shape
-        at = x.data_ptr(), signs.data_ptr(), matrix.data_ptr(), y.data_ptr()
-        self._rotate(*at, rows, width, matrix.shape[0], TYPES[x.dtype], torch.get_num_threads())
+        at = x.data_ptr(), y.data_ptr(), rows, width, TYPES[x.dtype]
+        self._rotate(turn.struct(), *at, torch.get_num_threads())
         return y
 
     def trellis(self, values: Tensor, scales: Tensor, table: Tensor, bits: int) -> Tensor:
@@ -177,12 +206,12 @@ class Library:
             end: behind the last one.
             room: ``[in, end - begin]`` with both rounded up to multiples of ``TILE``, contiguous, float32 or bfloat16.
         """
-        struct, threads = layer.struct(), torch.get_num_threads()
+        threads = torch.get_num_threads()
         to = begin, end, room.data_ptr(), room.shape[1], TYPES[room.dtype]
         if (states := layer.states_struct()) is not None:
-            self._states_dense(ctypes.byref(struct), ctypes.byref(states), *to, threads)
+            self._states_dense(layer.struct(), states, *to, threads)
         else:
-            self._dense(ctypes.byref(struct), *to, threads)
+            self._dense(layer.struct(), *to, threads)
         return room[: layer.in_features, : end - begin]
 
 

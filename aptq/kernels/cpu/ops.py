@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aptq.kernels.cpu.library import TILE, Library, Packed, load_kernels
+from aptq.errors import AptqError
+from aptq.kernels.cpu.library import TILE, Library, Packed, Turn, load_kernels
 from aptq.kernels.operators import define_product
+from aptq.packing import UNIT
 
 _DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 """Bytes of the fixed-point numbers that activations become: enough that rounding to the dtype is what one sees."""
@@ -21,6 +23,8 @@ _DIRECT_STATES = 8
 _ROOM = 1 << 20
 """Weights that are unpacked at once for a dense product."""
 
+_TURN, _BUILD = "Tensor? signs, Tensor? matrix", "str architecture, str folder"
+
 
 def cpu_matmul(
     x: Tensor,
@@ -29,12 +33,14 @@ def cpu_matmul(
     below: Tensor | None,
     qzeros: Tensor | None,
     levels: Tensor | None,
+    signs: Tensor | None,
+    matrix: Tensor | None,
     group: int,
     int8: bool,
     architecture: str,
     folder: str,
 ) -> Tensor:
-    """Return ``x W^T``, ``[..., out]``, for ``x [..., in]`` of float32, float16 or bfloat16 (see ``Packed``).
+    """Return ``x W^T``, or ``x T W^T``, ``[..., out]``, for ``x [..., in]`` of float32, float16 or bfloat16.
 
     Args:
         x: activations.
@@ -43,31 +49,51 @@ def cpu_matmul(
         below: scales of levels below 0, or None.
         qzeros: zeros of integers, or None.
         levels: what codes stand for, or None for integers.
+        signs: of ``T``, as in ``Turn``, or None.
+        matrix: of ``T``; None where there are no signs.
         group: inputs that share a scale.
         int8: take activations as bytes, not as numbers of 16 or 24 bits.
         architecture: of the kernels; one that was built.
         folder: where they were built.
+
+    Raises:
+        AptqError: the width of ``x`` is not the weight's.
     """
-    kernels = load_kernels(architecture, folder)
-    packed = Packed(qweight, scales, below, qzeros, levels, x.shape[-1], group)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if rows.shape[0] <= _direct_rows(kernels, packed, x.dtype, int8):
-        y = kernels.multiply(rows, packed, 1 if int8 else _DIGITS[x.dtype])
-    else:
-        y = _by_strips(kernels, packed, rows)
-    return y.view(*x.shape[:-1], packed.out_features)
+    kernels, width = load_kernels(architecture, folder), _width(x, qweight)
+    packed = Packed(qweight, scales, below, qzeros, levels, width, group)
+    turn = None if signs is None or matrix is None else Turn(signs, matrix)
+    if x.numel() <= width * _direct_rows(kernels, packed, x.dtype, int8):
+        return kernels.multiply(x.contiguous(), packed, 1 if int8 else _DIGITS[x.dtype], turn)
+    return _by_strips(kernels, packed, x, turn)
 
 
 def cpu_trellis_matmul(
-    x: Tensor, qweight: Tensor, scales: Tensor, states: Tensor, group: int, architecture: str, folder: str
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    states: Tensor,
+    signs: Tensor | None,
+    matrix: Tensor | None,
+    group: int,
+    architecture: str,
+    folder: str,
 ) -> Tensor:
     """Return what ``cpu_matmul`` does for a weight whose values are those of states (``Packed.states``)."""
-    kernels = load_kernels(architecture, folder)
-    packed = Packed(qweight, scales, None, None, None, x.shape[-1], group, states)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    direct = rows.shape[0] <= _DIRECT_STATES
-    y = kernels.multiply(rows, packed, 0) if direct else _by_strips(kernels, packed, rows)
-    return y.view(*x.shape[:-1], packed.out_features)
+    kernels, width = load_kernels(architecture, folder), _width(x, qweight)
+    packed = Packed(qweight, scales, None, None, None, width, group, states)
+    turn = None if signs is None or matrix is None else Turn(signs, matrix)
+    if x.numel() <= width * _DIRECT_STATES:
+        return kernels.multiply(x.contiguous(), packed, 0, turn)
+    return _by_strips(kernels, packed, x, turn)
+
+
+def _width(x: Tensor, qweight: Tensor) -> int:
+    """Return the width of ``x``; refuse one that other inputs' codes, or none at all, would be read for."""
+    width = x.shape[-1]
+    if -(-width // UNIT) != qweight.shape[0]:
+        most = UNIT * qweight.shape[0]
+        raise AptqError(f"Inputs of width {width} were given to a weight of {most - UNIT + 1} to {most} inputs.")
+    return width
 
 
 def _direct_rows(kernels: Library, packed: Packed, dtype: torch.dtype, int8: bool) -> float:
@@ -83,29 +109,30 @@ def _direct_rows(kernels: Library, packed: Packed, dtype: torch.dtype, int8: boo
     return 32 if dtype == torch.bfloat16 and not int8 else float("inf")
 
 
-def _by_strips(kernels: Library, packed: Packed, x: Tensor) -> Tensor:
-    """Return ``x W^T`` by unpacking some outputs of the weight at a time: float16 in float32, which is faster."""
+def _by_strips(kernels: Library, packed: Packed, x: Tensor, turn: Turn | None) -> Tensor:
+    """Return ``x W^T``, ``[..., out]``, by unpacking some outputs at a time: float16 in float32, which is faster."""
+    rows = x.reshape(-1, packed.in_features).contiguous()
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     height = -(-packed.in_features // TILE) * TILE
     width = min(max(_ROOM // height // TILE, 1), -(-packed.out_features // TILE)) * TILE
     room = torch.empty(height, width, dtype=dtype)
-    y = x.new_empty(x.shape[0], packed.out_features)
-    x = x.to(dtype)
+    y = x.new_empty(rows.shape[0], packed.out_features)
+    rows = (rows if turn is None else kernels.rotate(rows, turn)).to(dtype)
     for begin in range(0, packed.out_features, width):
         end = min(begin + width, packed.out_features)
-        y[:, begin:end] = x @ kernels.dense(packed, begin, end, room)
-    return y
+        y[:, begin:end] = rows @ kernels.dense(packed, begin, end, room)
+    return y.view(*x.shape[:-1], packed.out_features)
 
 
 define_product(
     "cpu_matmul",
-    "Tensor? below, Tensor? qzeros, Tensor? levels, int group, bool int8, str architecture, str folder",
+    f"Tensor? below, Tensor? qzeros, Tensor? levels, {_TURN}, int group, bool int8, {_BUILD}",
     cpu_matmul,
     "CPU",
 )
 define_product(
     "cpu_trellis_matmul",
-    "Tensor states, int group, str architecture, str folder",
+    f"Tensor states, {_TURN}, int group, {_BUILD}",
     cpu_trellis_matmul,
     "CPU",
 )

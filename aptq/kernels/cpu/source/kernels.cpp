@@ -67,6 +67,28 @@ static void integers(const Layer& layer, const void* x, void* y, int64_t rows, i
     });
 }
 
+// y [rows, width] = x D (C (x) H), both of `type`; see rotate.h.
+static void rotate(const Rotation& rotation, const void* x, void* y, int64_t rows, int64_t width, int64_t type,
+                   int64_t threads) {
+    int64_t slabs = rows * width < WORTH_SHARING ? 1 : ceil_div(rows, SLAB);
+    int64_t each = ceil_div(rows, slabs);
+    in_parallel(slabs, threads, [&](int64_t slab) {
+        Buffer<float> held(width), sums(width);
+        for (int64_t row = slab * each; row < rows && row < (slab + 1) * each; row++)
+            rotate_row(rotation, x, type, row * width, width, held.data, sums.data, y);
+    });
+}
+
+// What a product reads: x itself, or, where there is a rotation, x rotated and rounded to its type.
+struct Inputs {
+    Buffer<char> room;
+    const void* rows;
+    Inputs(const Rotation* rotation, const Layer& layer, const void* x, int64_t count, int64_t type, int64_t threads)
+        : room(rotation ? count * layer.inputs * size_of(type) : 0), rows(rotation ? room.data : x) {
+        if (rotation) rotate(*rotation, x, room.data, count, layer.inputs, type, threads);
+    }
+};
+
 // Rows of activations as floats, zeros behind the last input.
 struct FloatRows {
     int64_t width;
@@ -116,15 +138,9 @@ int64_t aptq_fast_bytes() {
 }
 
 // y [rows, width] = x D (C (x) H), both of `type`; see rotate.h.
-void aptq_rotate(const void* x, const float* signs, const float* matrix, void* y, int64_t rows, int64_t width,
-                 int64_t parts, int64_t type, int64_t threads) {
-    int64_t slabs = rows * width < WORTH_SHARING ? 1 : ceil_div(rows, SLAB);
-    int64_t each = ceil_div(rows, slabs);
-    in_parallel(slabs, threads, [&](int64_t slab) {
-        Buffer<float> held(width), sums(width);
-        for (int64_t row = slab * each; row < rows && row < (slab + 1) * each; row++)
-            rotate_row(x, type, row * width, signs, matrix, parts, width, held.data, sums.data, y);
-    });
+void aptq_rotate(const Rotation* rotation, const void* x, void* y, int64_t rows, int64_t width, int64_t type,
+                 int64_t threads) {
+    rotate(*rotation, x, y, rows, width, type, threads);
 }
 
 // codes [columns, rows]: of the path of least error for each column of values and scales [columns, rows]; see trellis.h.
@@ -138,10 +154,11 @@ void aptq_trellis(const float* values, const float* scales, const float* table, 
     });
 }
 
-// y [rows, outputs] = x [rows, inputs] W^T, both of `type`, for values of states; codes have up to 6 bits, states up to 12.
-void aptq_trellis_multiply(const Layer* layer, const States* states, const void* x, void* y, int64_t rows, int64_t type,
-                           int64_t threads) {
-    FloatRows floats(*layer, x, rows, type);
+// As aptq_multiply, for values of states; codes have up to 6 bits, states up to 12.
+void aptq_trellis_multiply(const Layer* layer, const States* states, const Rotation* rotation, const void* x, void* y,
+                           int64_t rows, int64_t type, int64_t threads) {
+    Inputs inputs(rotation, *layer, x, rows, type, threads);
+    FloatRows floats(*layer, inputs.rows, rows, type);
     in_strips(*layer, rows, y, type, threads, [&](Range range, float* to, int64_t stride) {
         by_bits<6>(layer->bits, [&](auto bits) {
             auto run = states->pairs ? multiply_states_range<bits.value, true> : multiply_states_range<bits.value, false>;
@@ -166,13 +183,15 @@ void aptq_trellis_dense(const Layer* layer, const States* states, int64_t begin,
     });
 }
 
-// y [rows, outputs] = x [rows, inputs] W^T, both of `type`; digits: bytes that an activation becomes, 1 to 3.
-void aptq_multiply(const Layer* layer, const void* x, void* y, int64_t rows, int64_t type, int64_t digits,
-                   int64_t threads) {
+// y [rows, outputs] = x [rows, inputs] W^T, both of `type`, with x rotated first unless `rotation` is null; digits: bytes
+// that an activation becomes, 1 to 3.
+void aptq_multiply(const Layer* layer, const Rotation* rotation, const void* x, void* y, int64_t rows, int64_t type,
+                   int64_t digits, int64_t threads) {
     int64_t size = size_of(type);
+    Inputs inputs(rotation, *layer, x, rows, type, threads);
     for (int64_t first = 0; first < rows; first += SLAB)
         by_bits(layer->bits, [&](auto bits) {
-            product<bits.value>(*layer, (const char*)x + first * layer->inputs * size,
+            product<bits.value>(*layer, (const char*)inputs.rows + first * layer->inputs * size,
                                 (char*)y + first * layer->outputs * size, rows - first < SLAB ? rows - first : SLAB,
                                 type, digits, threads);
         });

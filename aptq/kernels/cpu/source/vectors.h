@@ -80,6 +80,13 @@ template <int COUNT>
 static inline Words moved(Words before, Words words) {
     return (Words)_mm512_alignr_epi32((__m512i)words, (__m512i)before, LANES - COUNT);
 }
+// Every lane in the place of the one COUNT, a power of two, beside it.
+template <int COUNT>
+static inline Floats exchanged(Floats floats) {
+    __m512 from = (__m512)floats;
+    if constexpr (COUNT <= 2) return (Floats)_mm512_permute_ps(from, COUNT == 1 ? 0xB1 : 0x4E);
+    else return (Floats)_mm512_shuffle_f32x4(from, from, COUNT == 4 ? 0xB1 : 0x4E);
+}
 // Lanes 0, 2, 4, ... of two vectors, and lanes 1, 3, 5, ...
 static inline void deinterleave(Words low, Words high, Words& even, Words& odd) {
     const __m512i from = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -141,6 +148,12 @@ static inline Words moved(Words before, Words words) {
     __m256i middle = _mm256_permute2x128_si256((__m256i)before, (__m256i)words, 0x21);
     if constexpr (COUNT == 4) return (Words)middle;
     else return (Words)_mm256_alignr_epi8((__m256i)words, middle, 16 - 4 * COUNT);
+}
+template <int COUNT>
+static inline Floats exchanged(Floats floats) {
+    __m256 from = (__m256)floats;
+    if constexpr (COUNT <= 2) return (Floats)_mm256_permute_ps(from, COUNT == 1 ? 0xB1 : 0x4E);
+    else return (Floats)_mm256_permute2f128_ps(from, from, 1);
 }
 static inline void deinterleave(Words low, Words high, Words& even, Words& odd) {
     __m256 a = _mm256_shuffle_ps((__m256)low, (__m256)high, 0x88), b = _mm256_shuffle_ps((__m256)low, (__m256)high, 0xDD);
