@@ -58,6 +58,7 @@ def main() -> None:
         "tokens": options.tokens,
         "rounds": options.rounds,
         "threads": options.threads,
+        "compiled": options.compile,
         "results": {
             name: {
                 "tokens_per_second": statistics.median(rates[name]),
@@ -72,7 +73,7 @@ def main() -> None:
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "commit": commit(),
         "command": f"python benchmarks/decode.py --rounds {options.rounds} --tokens {options.tokens} "
-        f"--threads {options.threads} --packed RUN/model --original MODEL",
+        f"--threads {options.threads}{' --compile' if options.compile else ''} --packed RUN/model --original MODEL",
     }
     options.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     options.output.with_suffix(".md").write_text(page(record), encoding="utf-8")
@@ -86,6 +87,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64, help="decoded in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=machine.usable_cores())
+    parser.add_argument("--compile", action="store_true", help="decode with torch.compile, all contestants alike")
     parser.add_argument("--output", type=Path, default=RESULTS, help="of the table, without a suffix")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -93,7 +95,7 @@ def _options() -> argparse.Namespace:
 
 def _start(options: argparse.Namespace, kind: str, dtype: str) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, "--packed", options.packed, "--original", options.original]
-    command += ["--threads", str(options.threads), "--serve", kind, dtype]
+    command += ["--threads", str(options.threads), "--serve", kind, dtype, *(["--compile"] if options.compile else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
@@ -127,13 +129,14 @@ def _serve(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     kind, dtype = options.serve
     model = _load(kind, options, getattr(torch, dtype))
+    step = torch.compile(model.forward, fullgraph=True, dynamic=False) if options.compile else model
     tokenizer = AutoTokenizer.from_pretrained(options.packed)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     size = sum(t.nbytes for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values())
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         with torch.inference_mode():
-            seconds, tokens = decode(model, ids, int(line))
+            seconds, tokens = decode(model, step, ids, int(line))
         answer = {"seconds": seconds, "rss_bytes": _resident(), "weight_bytes": size, "text": tokenizer.decode(tokens)}
         print(json.dumps(answer), flush=True)
 
@@ -161,8 +164,11 @@ def _load(kind: str, options: argparse.Namespace, dtype: Any) -> Any:
     return model
 
 
-def decode(model: Any, ids: Any, count: int) -> tuple[float, list[int]]:
-    """Return the seconds that ``count`` tokens took after the prompt, greedily, with a static cache; and the tokens."""
+def decode(model: Any, step: Any, ids: Any, count: int) -> tuple[float, list[int]]:
+    """Return the seconds that ``count`` tokens took after the prompt, greedily, with a static cache; and the tokens.
+
+    ``step`` is the model as it takes a token.
+    """
     import torch
     from transformers import StaticCache
 
@@ -171,11 +177,11 @@ def decode(model: Any, ids: Any, count: int) -> tuple[float, list[int]]:
     logits = model(ids, past_key_values=cache, cache_position=position).logits
     tokens = []
     started = time.perf_counter()
-    for step in range(count):
+    for index in range(count):
         token = logits[:, -1].argmax(-1, keepdim=True)
         tokens.append(int(token))
-        position = torch.tensor([ids.shape[1] + step])
-        logits = model(token, past_key_values=cache, cache_position=position).logits
+        position = torch.tensor([ids.shape[1] + index])
+        logits = step(token, past_key_values=cache, cache_position=position).logits
     return time.perf_counter() - started, tokens
 
 
@@ -194,8 +200,9 @@ def page(record: Mapping[str, Any]) -> str:
     lines = [
         f"# Greedy decoding, {record['model']}",
         "",
-        f"{record['tokens']} tokens after a short prompt, static cache, batch 1, {record['threads']} threads; medians "
-        f"of {record['rounds']} rounds in turn. Resident memory holds the interpreter, torch and the full-precision "
+        f"{record['tokens']} tokens after a short prompt, static cache, batch 1, {record['threads']} threads, "
+        f"{'all compiled (torch.compile)' if record['compiled'] else 'nothing compiled'}; medians of "
+        f"{record['rounds']} rounds in turn. Resident memory holds the interpreter, torch and the full-precision "
         "embeddings too; weights are all tensors of the model.",
         "",
         "| | tokens/s | best | x original float32 | x original bfloat16 | weights MB | resident MB |",
