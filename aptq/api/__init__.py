@@ -61,6 +61,7 @@ from aptq.api.results import (
     ExportJob,
     LayerReport,
     StoredEmbedding,
+    TaskEvaluator,
     TransformExporter,
 )
 from aptq.api.rounding import (
@@ -137,6 +138,7 @@ __all__ = [
     "SensitivityMetric",
     "SequentialEstimator",
     "StoredEmbedding",
+    "TaskEvaluator",
     "TimedAllocator",
     "Transform",
     "TransformExporter",
