@@ -151,13 +151,15 @@ class _Reporting(HFLM):  # type: ignore[misc]
         super().__init__(
             pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False
         )
-        self._asked, self._answered, self._name, self._progress = 0, 0, name, progress
+        self._asked, self._answered, self._at_once = 0, 0, batch_size
+        self._name, self._progress = name, progress
         self.set_cache_hook(self)
 
     def add_partial(self, *answer: Any) -> None:
         """Take note of an answer: the harness calls this with each, for a cache to keep."""
         self._answered += 1
-        self._progress(self._name, self._answered / max(self._asked, self._answered))
+        if self._answered % self._at_once == 0:  # the answers of a batch come together: its time is that of all
+            self._progress(self._name, self._answered / max(self._asked, self._answered))
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """Answer requests, and count them."""
