@@ -178,9 +178,9 @@ def _paper(config: DictConfig) -> None:
 
 def _evaluate(config: DictConfig) -> None:
     from aptq.experiment import evaluate
-    from aptq.tables import print_perplexity
+    from aptq.tables import print_measures
 
-    print_perplexity(evaluate(config), config.model.path)
+    print_measures(evaluate(config), config.model.path)
 
 
 def _export(config: DictConfig) -> None:

@@ -21,9 +21,10 @@ from aptq.benchmark import Benchmark, Result, run_benchmark
 from aptq.calibration.embedding import TableCoding
 from aptq.callbacks import Callbacks
 from aptq.config import compose, to_settings
-from aptq.data import check_data, evaluation_texts
+from aptq.data import check_data
 from aptq.decode_times import DecodeTimes
 from aptq.errors import AptqError
+from aptq.evaluation import check_tasks, evaluate_model, needs_texts, parts, texts_for
 from aptq.files import new_folder, write_bytes, write_json
 from aptq.finished import job_of, open_for_use
 from aptq.models import open_model
@@ -174,25 +175,26 @@ def evaluate(config: DictConfig | Sequence[str]) -> dict[str, dict[str, float]]:
     """Judge the model that ``model.path`` names, quantized by aptq or not.
 
     Returns:
-        ``{measure: {text: value}}``, "perplexity" among the measures.
+        ``{measure: {text or task: value}}``, such as ``{"perplexity": {"c4": 30.1}}``.
     """
     composed = config if isinstance(config, DictConfig) else compose(list(config), "evaluate")
     plain: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
     data = to_settings(DataSettings, plain["data"], "data")
     evaluator = registry.build("evaluator", plain["evaluator"])
-    check_data(data, calibrate=False, evaluate=True)
+    check_data(data, calibrate=False, evaluate=needs_texts(evaluator))
+    check_tasks(evaluator)
     fabric = launch(plain)
     model, tokenizer = open_for_use(to_settings(ModelSettings, plain["model"], "model"), _backend(plain["backend"]))
-    texts = evaluation_texts(data, tokenizer, getattr(evaluator, "max_tokens", None))
-    names = [text.name for text in texts]
+    texts = texts_for(evaluator, data, tokenizer)
     with build_callbacks(plain, fabric) as callbacks:
-        callbacks.on_stage_start(stage="evaluate", total=len(names), unit="text")
-        measures: dict[str, dict[str, float]] = evaluator.evaluate(
+        callbacks.on_stage_start(stage="evaluate", total=len(parts(evaluator, texts)), unit="part")
+        return evaluate_model(
+            evaluator,
             model.to(fabric.device),  # type: ignore[arg-type]  # transformers hides the signature
+            tokenizer,
             texts,
-            lambda name, share: callbacks.on_advance(stage="evaluate", done=names.index(name) + share, detail=name),
+            lambda done, name: callbacks.on_advance(stage="evaluate", done=done, detail=name),
         )
-    return measures
 
 
 def export(config: DictConfig | Sequence[str]) -> Path:

@@ -15,7 +15,7 @@ import torch
 
 from aptq.api import Callback, EvaluationText, Evaluator
 from aptq.chosen_backends import chosen_backends
-from aptq.data import evaluation_texts
+from aptq.evaluation import evaluate_model, parts, texts_for
 from aptq.layer import dense_weights
 from aptq.settings import DataSettings
 from aptq.stages import Stages
@@ -48,15 +48,16 @@ class Judge:
     ) -> dict[str, Any]:
         """Return the evaluator's measures, those of the original as ``baseline_<measure>``, and ``samples``.
 
-        ``backends`` tells what multiplied the result's layers (``aptq.chosen_backends``). Each model is in memory
-        alone. ``original`` None leaves the baseline out, in samples too.
+        ``samples`` go on from evaluation texts: where none are needed, there are none. ``backends`` tells what
+        multiplied the result's layers (``aptq.chosen_backends``). Each model is in memory alone. ``original`` None
+        leaves the baseline out, in samples too.
         """
         from aptq.hf import load  # imports transformers: heavy
 
-        texts = evaluation_texts(self.data, self.tokenizer, getattr(self.evaluator, "max_tokens", None))
+        texts = texts_for(self.evaluator, self.data, self.tokenizer)
         prompts = _prompts(texts, num_samples)
         measures, continuations, backends = self._one(lambda: load(folder, backend=backend), texts, prompts, device, 0)
-        result: dict[str, Any] = {"baseline_perplexity": {}, **measures, "backends": backends}
+        result: dict[str, Any] = {"perplexity": {}, "baseline_perplexity": {}, **measures, "backends": backends}
         before: Sequence[str | None] = [None] * len(prompts)
         if original is not None:
             baseline, before, _ = self._one(original, texts, prompts, device, 1)
@@ -79,12 +80,12 @@ class Judge:
         backends = chosen_backends(model)
         who = ("quantized model", "original model")[index]
 
-        def progress(name: str, share: float) -> None:
-            order = [text.name for text in texts].index(name)
-            done = index + (order + share) / len(texts)
-            self.callbacks.on_advance(stage=STAGE, done=done, detail=f"{who} on {name}")
+        total = len(parts(self.evaluator, texts))
 
-        measures = self.evaluator.evaluate(model, texts, progress)
+        def advance(done: float, name: str) -> None:
+            self.callbacks.on_advance(stage=STAGE, done=index + done / total, detail=f"{who} on {name}")
+
+        measures = evaluate_model(self.evaluator, model, self.tokenizer, texts, advance)
         self.callbacks.on_advance(stage=STAGE, done=index + 1, detail=f"{who} writes")
         with dense_weights(model):
             continuations = [self._continue(model, prompt) for prompt in prompts]

@@ -7,12 +7,21 @@ from typing import Any
 
 from aptq.errors import AptqError
 
+ERROR = "_stderr"
+"""What the key of a measure's standard errors ends with."""
+
+
+MEAN = "mean"
+"""Name of an evaluator's mean over its tasks, beside their names."""
+
 
 def check_metrics(metrics: Mapping[str, Any]) -> None:
     """Hold metrics against the schema of ``metrics.json``.
 
     ``perplexity`` and ``baseline_perplexity`` map text names to figures (null: not finite), and other evaluators add
-    mappings of their own. Optional are ``samples``, ``audit`` and ``backends`` (of ``aptq.chosen_backends``).
+    mappings of their own, by text or task: ``acc``, its standard errors as ``acc_stderr``, the original's as
+    ``baseline_acc`` and ``baseline_acc_stderr``. Optional are ``samples``, ``audit``, ``memory`` and ``backends`` (of
+    ``aptq.chosen_backends``).
 
     Raises:
         AptqError: names every key that is missing or holds the wrong kind of value.
@@ -27,12 +36,18 @@ def check_metrics(metrics: Mapping[str, Any]) -> None:
 
 
 def measures(metrics: Mapping[str, Any]) -> list[str]:
-    """Return the keys that are measures of the quantized model: figures by text, perplexity and evaluators' own."""
+    """Return the keys that are measures of the quantized model: figures by text or task, perplexity and others.
+
+    Standard errors are none themselves.
+    """
     others = {*_SCHEMA, *_OPTIONAL} - {"perplexity"}
     return [
         key
         for key, value in metrics.items()
-        if isinstance(value, Mapping) and key not in others and not key.startswith("baseline_")
+        if isinstance(value, Mapping)
+        and key not in others
+        and not key.startswith("baseline_")
+        and not (key.endswith(ERROR) and key.removesuffix(ERROR) in metrics)
     ]
 
 
@@ -106,7 +121,7 @@ def _is_memory(value: Any) -> bool:
 
 
 _Rule = tuple[str, Callable[[Any], bool]]
-_MEASURE: _Rule = ("an object of numbers by text", _is_measure)
+_MEASURE: _Rule = ("an object of numbers by text or task", _is_measure)
 _SCHEMA: dict[str, _Rule] = {
     "perplexity": _MEASURE,
     "baseline_perplexity": _MEASURE,

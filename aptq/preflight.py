@@ -24,6 +24,7 @@ from aptq.basis import stores_transforms
 from aptq.calibration.quantize import PREFIXES
 from aptq.calibration.rounding import needs_drift
 from aptq.data import check_data, check_length
+from aptq.evaluation import check_tasks, needs_texts
 from aptq.fusion import fused_groups
 from aptq.options import offered
 from aptq.plan import Plan, check_plan, read_plan
@@ -73,7 +74,7 @@ def check_model(
 
 def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
     """Check what can be checked without the model; return the options in play and the given plan, if any."""
-    check_data(experiment.data, evaluate=experiment.evaluator is not None)
+    check_data(experiment.data, evaluate=needs_texts(experiment.evaluator))
     if experiment.prefix not in PREFIXES:
         raise AptqError(f"prefix={experiment.prefix!r} is not known; use one of {', '.join(PREFIXES)}.")
     if needs_drift(experiment.quantizer):
@@ -107,6 +108,7 @@ def preflight(experiment: Experiment) -> tuple[list[Option], Plan | None]:
                 f"The plan {experiment.plan_path} is for format {strange[0]}, the config says "
                 f"{' and '.join(experiment.formats)}; add format={strange[0]}, or format=mixed for a plan of several."
             )
+    check_tasks(experiment.evaluator)  # the last: it may have to download
     return options, given
 
 

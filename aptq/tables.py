@@ -12,22 +12,30 @@ from rich.markup import escape
 from rich.table import Table
 
 from aptq.benchmark import Result
+from aptq.metrics_schema import ERROR, measures
 from aptq.plan import option_labels
+from aptq.report.words import difference
 from aptq.run import Run
 
 
 def print_summary(run: Run, report: Path) -> None:
-    """Print perplexity and size before and after, how both models go on, and where everything is."""
+    """Print all measures and size before and after, how both models go on, and where everything is."""
     console = Console()
     metrics = run.metrics()
     table = Table(title="Before and after", title_justify="left")
     for heading in ("", "original", "quantized", "change"):
         table.add_column(heading, justify="left" if not heading else "right")
-    before = metrics["baseline_perplexity"]
-    for name, after in metrics["perplexity"].items():
-        table.add_row(
-            f"perplexity on {name}", _figure(before.get(name)), _figure(after), _change(before.get(name), after)
-        )
+    for measure in measures(metrics):
+        before, errors = metrics.get(f"baseline_{measure}", {}), metrics.get(f"{measure}{ERROR}", {})
+        errors_before = metrics.get(f"baseline_{measure}{ERROR}", {})
+        for name, after in metrics[measure].items():
+            old, error = before.get(name), errors.get(name)
+            table.add_row(
+                f"{measure} on {name}",
+                _figure(old, errors_before.get(name)),
+                _figure(after, error),
+                _change(old, after) if error is None else difference(old, after),
+            )
     sizes = metrics["bytes"]
     table.add_row("size (MB)", f"{sizes['original'] / 1e6:.1f}", f"{sizes['model'] / 1e6:.1f}", _times(sizes))
     bits = metrics["bits"]
@@ -61,14 +69,15 @@ def _plan_lines(run: Run, audit: Mapping[str, Any] | None) -> list[str]:
     return lines
 
 
-def print_perplexity(measures: Mapping[str, Mapping[str, float]], model: str) -> None:
-    """Print what an evaluator found."""
+def print_measures(found: Mapping[str, Mapping[str, float]], model: str) -> None:
+    """Print what an evaluator found, with standard errors where it knows them."""
     table = Table(title=escape(f"Evaluation of {model}"), title_justify="left")
-    for heading in ("measure", "text", "value"):
+    for heading in ("measure", "text or task", "value"):
         table.add_column(heading, justify="right" if heading == "value" else "left")
-    for measure, values in measures.items():
-        for name, value in values.items():
-            table.add_row(measure, name, _figure(value))
+    for measure in measures(found):
+        errors = found.get(f"{measure}{ERROR}", {})
+        for name, value in found[measure].items():
+            table.add_row(measure, name, _figure(value, errors.get(name)))
     Console().print(table)
 
 
@@ -111,8 +120,10 @@ def print_benchmark(found: Result, folder: Path) -> None:
     console.print(f"Wrote [bold]{escape(str(folder / 'benchmark.json'))}[/]", soft_wrap=True, highlight=False)
 
 
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _figure(value: float | None, error: float | None = None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
 def _change(before: float | None, after: float | None) -> str:

@@ -37,6 +37,18 @@ def test_metrics_may_have_samples_an_audit_and_other_measures() -> None:
     check_metrics(METRICS | {"memory": {"quantize": {"peak_rss_bytes": 900, "peak_device_bytes": None}}})
 
 
+def test_standard_errors_are_no_measures_but_other_names_that_end_so_are() -> None:
+    scores = {
+        "acc": {"a": 0.5},
+        "acc_stderr": {"a": 0.1},
+        "baseline_acc": {"a": 0.6},
+        "baseline_acc_stderr": {"a": 0.1},
+    }
+    check_metrics(METRICS | scores)
+    assert measures(METRICS | scores) == ["perplexity", "acc"]
+    assert measures(METRICS | {"lone_stderr": {"a": 0.1}}) == ["perplexity", "lone_stderr"]
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -379,12 +379,55 @@ class _Evaluator:
         return {"loss": {text.name: self.value for text in texts}}
 
 
-def test_evaluators_are_checked() -> None:
-    class Model(torch.nn.Linear):
-        class config:
-            vocab_size = 10
+class _TaskEvaluator(_Evaluator):
+    tasks, needs_texts = ("t", "u"), False
 
-    model: Any = Model(2, 2).eval()
+    def __init__(self, value: float = 1.0, *, trains: bool = False, errors: str = "acc", told: str = "u") -> None:
+        super().__init__(value, trains=trains)
+        self.errors, self.told = errors, told
+
+    def check(self) -> None:
+        pass
+
+    def evaluate(self, model: Any, texts: Any, progress: Any) -> dict[str, dict[str, float]]:
+        raise AssertionError("it needs no texts")
+
+    def evaluate_tasks(self, model: Any, tokenizer: Any, progress: Any) -> dict[str, dict[str, float]]:
+        tokenizer.special_tokens_map["pad"] = self.value
+        for name in ("t", self.told):
+            progress(name, 1.0)
+        return {"acc": {"t": self.value}, f"{self.errors}_stderr": {"t": 0.1}}
+
+
+class _Tokenizer(list[str]):
+    def __init__(self, **special: float) -> None:
+        super().__init__()
+        self.special_tokens_map = special
+
+
+class _Model(torch.nn.Linear):
+    class config:
+        vocab_size = 10
+
+
+def test_evaluators_with_tasks_are_checked() -> None:
+    model: Any = _Model(2, 2).eval()
+    tokenizer: Any = _Tokenizer(pad=1.0)
+    check_evaluator(_TaskEvaluator(), model, tokenizer=tokenizer)
+    with pytest.raises(AssertionError, match="checked with a tokenizer"):
+        check_evaluator(_TaskEvaluator(), model)
+    for evaluator, told in (
+        (_TaskEvaluator(2.0), "changes the tokenizer"),
+        (_TaskEvaluator(float("inf")), "acc of t is inf"),
+        (_TaskEvaluator(errors="other"), "other has no figures of"),
+        (_TaskEvaluator(told="strange"), "progress of u"),
+    ):
+        with pytest.raises(AssertionError, match=told):
+            check_evaluator(evaluator, model, tokenizer=_Tokenizer(pad=1.0))  # type: ignore[arg-type]
+
+
+def test_evaluators_are_checked() -> None:
+    model: Any = _Model(2, 2).eval()
     check_evaluator(_Evaluator(), model)
     with pytest.raises(AssertionError, match="loss of a is nan"):
         check_evaluator(_Evaluator(float("nan")), model)

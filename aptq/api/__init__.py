@@ -62,6 +62,7 @@ from aptq.api.results import (
     ExportJob,
     LayerReport,
     StoredEmbedding,
+    TaskEvaluator,
     TransformExporter,
 )
 from aptq.api.rounding import (
@@ -142,6 +143,7 @@ __all__ = [
     "SensitivityMetric",
     "SequentialEstimator",
     "StoredEmbedding",
+    "TaskEvaluator",
     "TimedAllocator",
     "Transform",
     "TransformBackend",

@@ -125,6 +125,34 @@ class Evaluator(Protocol):
         """Return ``{measure: {text name: value}}``; report ``progress(text name, share done)`` on the way."""
 
 
+@runtime_checkable
+class TaskEvaluator(Evaluator, Protocol):
+    """An evaluator that brings tasks with data of their own.
+
+    One that does not say so judges by the run's evaluation texts alone.
+    """
+
+    @property
+    def tasks(self) -> Sequence[str]:
+        """Names of its tasks, in the order in which it runs them."""
+
+    @property
+    def needs_texts(self) -> bool:
+        """Whether ``evaluate`` judges by texts, too. Where it does not, none are read and it is not called."""
+
+    def check(self) -> None:
+        """Raise ``AptqError``, before any work, when a task or its data cannot be had here."""
+
+    def evaluate_tasks(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Callable[[str, float], None]
+    ) -> dict[str, dict[str, float]]:
+        """Return ``{measure: {task: value}}``; report ``progress(task, share done)`` on the way.
+
+        Of a measure ``x`` that has standard errors, ``x_stderr`` holds those. The model's mode and the tokenizer are
+        the same afterwards.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
     """One row of ``layers.csv``. Errors are ``Curvature.quadratic``; relative ones are divided by that of W itself."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
+from aptq.metrics_schema import ERROR, measures
 from aptq.run import Run
 from aptq.run_folder import differences
 
 _BUDGETS = ("allocator.budget", "allocator.bits", "allocator.ratio")
 """What a curve runs along; runs that differ in nothing else are on one."""
+
+
+Scores = dict[str, dict[str, tuple[float | None, float | None]]]
+"""Figures and their standard errors, by measure and text or task; perplexity is not among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +30,7 @@ class Row:
     storage_bits: float
     model_bytes: int
     perplexity: dict[str, float | None]
+    scores: Scores
     spearman: float | None
     seconds: float
     peak_rss_bytes: int
@@ -38,7 +44,17 @@ class Comparison:
     keys: list[str]  # what differs
     texts: list[str]
     baseline: dict[str, float]  # of the original model, where it is one model and was judged
+    baseline_scores: Scores  # likewise
     common: dict[str, str]  # components that all runs have in common
+
+    @property
+    def judged(self) -> dict[str, list[str]]:
+        """Texts or tasks of every measure but perplexity."""
+        found: dict[str, dict[str, None]] = {}
+        for row in self.rows:
+            for measure, values in row.scores.items():
+                found.setdefault(measure, {}).update(dict.fromkeys(values))
+        return {measure: list(names) for measure, names in found.items()}
 
     def best(self, text: str) -> float | None:
         """Return the lowest perplexity on a text."""
@@ -65,6 +81,7 @@ def collect(runs: Sequence[Run]) -> Comparison:
             storage_bits=figures["bits"]["storage"],
             model_bytes=figures["bytes"]["model"],
             perplexity=figures["perplexity"],
+            scores=_scores(figures),
             spearman=(figures.get("audit") or {}).get("spearman"),
             seconds=sum(figures["seconds"].values()),
             peak_rss_bytes=figures["peak_rss_bytes"],
@@ -72,6 +89,7 @@ def collect(runs: Sequence[Run]) -> Comparison:
         for run, figures in zip(runs, metrics, strict=True)
     ]
     baselines = [each["baseline_perplexity"] for each in metrics if each["baseline_perplexity"]]
+    scores = [found for each in metrics if (found := _scores(each, "baseline_"))]
     same_model = not any(key.startswith(("model.", "evaluator.", "data.evaluation")) for key in keys)
     components = ("hessian", "metric", "allocator", "format", "quantizer")
     return Comparison(
@@ -79,8 +97,20 @@ def collect(runs: Sequence[Run]) -> Comparison:
         keys=keys,
         texts=list(dict.fromkeys(text for row in rows for text in row.perplexity)),
         baseline=baselines[0] if baselines and same_model else {},
+        baseline_scores=scores[0] if scores and same_model else {},
         common={kind: str(_at(runs[0].config, f"{kind}.name")) for kind in components if f"{kind}.name" not in keys},
     )
+
+
+def _scores(metrics: Mapping[str, Any], prefix: str = "") -> Scores:
+    """Return the measures but perplexity, with their standard errors; with a prefix, those of the original."""
+    found: Scores = {}
+    for measure in measures(metrics):
+        if measure == "perplexity" or f"{prefix}{measure}" not in metrics:
+            continue
+        errors = metrics.get(f"{prefix}{measure}{ERROR}", {})
+        found[measure] = {name: (value, errors.get(name)) for name, value in metrics[f"{prefix}{measure}"].items()}
+    return found
 
 
 def _is_setting(key: str) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aptq.api import AptqError, EvaluationText
+from aptq.evaluators.modes import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +84,7 @@ class Perplexity:
                 f"Set evaluator.sequence_length={limit} or less."
             )
         windows = {text.name: self._windows(text) for text in texts}  # all are checked before the first runs
-        with torch.no_grad(), _evaluation_mode(model):
+        with torch.no_grad(), evaluation_mode(model):
             head = _head(model, next(iter(windows.values()))[:1]) if windows else None
             return {
                 "perplexity": {name: self._perplexity(model, head, name, windows[name], progress) for name in windows}
@@ -191,15 +191,3 @@ def _before_head(model: PreTrainedModel, head: nn.Module, tokens: Tensor) -> tup
 def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off, and afterwards give every module the mode it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -70,7 +70,7 @@ def _check_shared(shared: Mapping[str, Any]) -> None:
     for key in (*_METHOD, "plan"):
         if shared.get(key) is not None:
             raise AptqError(f"{key} is set for the whole paper run, but each row has its own. Set it in rows.NAME.")
-    if not (shared.get("evaluator") or {}).get("name"):
+    if (shared.get("evaluator") or {}).get("name") != "perplexity":
         raise AptqError("A paper run is about perplexity: leave evaluator=perplexity as it is.")
     data = shared["data"]
     texts = data.get("evaluation_path") if data["source"] == "text" else data.get("evaluation_hub")

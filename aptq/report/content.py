@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aptq.api import LayerReport, Option
-from aptq.metrics_schema import measures
+from aptq.metrics_schema import ERROR, measures
 from aptq.names import place
 from aptq.plan import option_labels
 from aptq.report.sensitivity import Audit, Costs, TradeOff, audit_of, trade_off
@@ -22,13 +22,15 @@ _EVENTS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """One figure of an evaluator, before and after."""
+    """One figure of an evaluator, before and after, with standard errors where they are known."""
 
     measure: str
     text: str
     before: float | None
     after: float | None
     has_before: bool
+    before_error: float | None = None
+    after_error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +183,7 @@ def _judged(metrics: Mapping[str, Any]) -> list[Judged]:
     found = []
     for measure in measures(metrics):
         after, before = metrics[measure], metrics.get(f"baseline_{measure}", {})
+        errors = [metrics.get(f"{prefix}{measure}{ERROR}", {}) for prefix in ("baseline_", "")]
         for text in dict.fromkeys([*after, *before]):
             if text in after:
                 found.append(
@@ -190,6 +193,8 @@ def _judged(metrics: Mapping[str, Any]) -> list[Judged]:
                         before=before.get(text),
                         after=after[text],
                         has_before=text in before,
+                        before_error=errors[0].get(text),
+                        after_error=errors[1].get(text),
                     )
                 )
     return found

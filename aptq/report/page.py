@@ -24,6 +24,8 @@ def render(package: str, **content: Any) -> str:
         seconds=words.duration,
         figure=words.figure,
         change=words.change,
+        measured=words.measured,
+        difference=words.difference,
         share=words.share,
         origin=words.origin,
         base64=lambda data: b64encode(data).decode(),

@@ -36,6 +36,16 @@ def figure(value: float | None) -> str:
     return f"{value:.2e}"
 
 
+def measured(value: float | None, error: float | None) -> str:
+    """Spell a figure with its standard error, where there is one."""
+    return figure(value) if value is None or error is None else f"{value:.4f} ± {error:.4f}"
+
+
+def difference(before: float | None, after: float | None) -> str:
+    """Spell by how much a figure went up or down, or nothing where there is none to tell."""
+    return "" if before is None or after is None else f"{after - before:+.4f}"
+
+
 def change(before: float | None, after: float | None) -> str:
     """Spell the change of a figure in percent, or nothing where there is none to tell."""
     if before is None or after is None or before == 0:

@@ -22,12 +22,13 @@ from aptq.api import (
     HessianEstimator,
     Layer,
     SequentialEstimator,
+    TaskEvaluator,
 )
 from aptq.models.structure import LinearLayer
 from aptq.testing.assertions import expect, expect_equal
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["check_evaluator", "check_hessian", "tiny_block", "tiny_inputs"]
 
@@ -285,11 +286,23 @@ def _check_failure(estimator: HessianEstimator, block: Block, inputs: BlockInput
 # --------------------------------------------------------------------------------------------------- evaluators
 
 
-def check_evaluator(evaluator: Evaluator, model: PreTrainedModel, *, length: int = 256) -> None:
-    """Check an evaluator on a small model and two texts of random tokens.
+def check_evaluator(
+    evaluator: Evaluator,
+    model: PreTrainedModel,
+    *,
+    length: int = 256,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Check an evaluator on a small model and two texts of random tokens, and on its tasks where it has some.
+
+    Args:
+        evaluator: what to check.
+        model: runs within seconds.
+        length: of the texts, in tokens.
+        tokenizer: the model's; a ``TaskEvaluator`` needs it.
 
     Raises:
-        AssertionError: a promise of ``aptq.api.Evaluator`` is broken.
+        AssertionError: a promise of ``aptq.api.Evaluator`` or ``TaskEvaluator`` is broken.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(model.config.vocab_size)
@@ -297,21 +310,51 @@ def check_evaluator(evaluator: Evaluator, model: PreTrainedModel, *, length: int
         EvaluationText(name=name, tokens=torch.randint(vocabulary, (length,), generator=generator))
         for name in ("a", "b")
     ]
+    if not isinstance(evaluator, TaskEvaluator) or evaluator.needs_texts:
+        found = _judge_twice("evaluate", lambda progress: evaluator.evaluate(model, texts, progress), model, ("a", "b"))
+        for measure, values in found.items():
+            expect(set(values) == {"a", "b"}, f"{measure} has values for {sorted(values)}; the texts are a and b.")
+    if isinstance(evaluator, TaskEvaluator):
+        expect(tokenizer is not None, "An evaluator with tasks is checked with a tokenizer: tokenizer=...")
+        assert tokenizer is not None
+        before = (len(tokenizer), dict(tokenizer.special_tokens_map))
+        tasks, tasks_of = tuple(evaluator.tasks), evaluator.evaluate_tasks
+        evaluator.check()
+        found = _judge_twice("evaluate_tasks", lambda progress: tasks_of(model, tokenizer, progress), model, tasks)
+        for measure in found:
+            base = measure.removesuffix("_stderr")
+            expect(
+                base == measure or set(found[measure]) <= set(found.get(base, ())),
+                f"{measure} has standard errors of what {base} has no figures of.",
+            )
+        after = (len(tokenizer), dict(tokenizer.special_tokens_map))
+        expect(after == before, "evaluate_tasks() changes the tokenizer.")
+
+
+def _judge_twice(
+    method: str,
+    judge: Callable[[Callable[[str, float], None]], dict[str, dict[str, float]]],
+    model: PreTrainedModel,
+    names: Sequence[str],
+) -> dict[str, dict[str, float]]:
+    """Return what an evaluator says of a model, once it is seen that it says so again and leaves the model alone."""
     weights = {name: each.clone() for name, each in model.state_dict().items()}
     training, hooks, reported = model.training, _hooks(model), []
-    results = evaluator.evaluate(model, texts, lambda name, share: reported.append((name, share)))
-    expect(bool(results), "evaluate() returns no measure.")
+    results = judge(lambda name, share: reported.append((name, share)))
+    expect(bool(results), f"{method}() returns no measure.")
     for measure, values in results.items():
-        expect(set(values) == {"a", "b"}, f"{measure} has values for {sorted(values)}; the texts are a and b.")
         for name, value in values.items():
             expect(isinstance(value, float) and math.isfinite(value), f"{measure} of {name} is {value!r}.")
-    for name in ("a", "b"):
-        shares = [share for text, share in reported if text == name]
+    for name in names:
+        shares = [share for part, share in reported if part == name]
         expect(
             shares == sorted(shares) and bool(shares) and shares[0] >= 0 and shares[-1] <= 1,
             f"progress of {name}: {shares}.",
         )
-    expect(evaluator.evaluate(model, texts, lambda name, share: None) == results, "A second call gives other results.")
-    expect(model.training == training and _hooks(model) == hooks, "evaluate() leaves the model in another state.")
+    strange = sorted({name for name, _ in reported} - set(names))
+    expect(not strange, f"{method}() reports progress of {', '.join(strange)}, not only of {', '.join(names)}.")
+    expect(judge(lambda name, share: None) == results, "A second call gives other results.")
+    expect(model.training == training and _hooks(model) == hooks, f"{method}() leaves the model in another state.")
     for name, tensor in model.state_dict().items():
-        expect_equal(tensor, weights[name], f"{name} of the model after evaluate()")
+        expect_equal(tensor, weights[name], f"{name} of the model after {method}()")
+    return results

@@ -10,6 +10,7 @@ import pytest
 
 from aptq.comparison import write_comparison
 from aptq.comparison.content import collect
+from aptq.comparison.figure import _panels
 from aptq.errors import AptqError
 from aptq.run import Run
 from aptq.settings import RunSettings
@@ -105,6 +106,31 @@ def test_runs_of_different_models_have_no_common_baseline(folders: list[Path], t
     other = make(tmp_path / "d", 3.0, "output", 12.0)
     (other / "config.yaml").write_text((other / "config.yaml").read_text().replace("tiny", "large"))
     assert collect([Run.read(folders[0]), Run.read(other)]).baseline == {}
+
+
+def test_scores_have_a_table_of_their_own_and_a_panel_of_their_mean(folders: list[Path], tmp_path: Path) -> None:
+    def scores(*values: float) -> dict[str, dict[str, float]]:
+        names = ("piqa", "arc_easy", "mean")
+        return {"acc": dict(zip(names, values, strict=True)), "acc_stderr": dict.fromkeys(names, 0.0125)}
+
+    before = {f"baseline_{measure}": values for measure, values in scores(0.71, 0.51, 0.61).items()}
+    judged = make(tmp_path / "e" / "a", 3.2, "output", 42.0, **scores(0.7, 0.5, 0.6), **before)
+    content = collect([Run.read(each) for each in (*folders, judged)])
+    assert content.judged == {"acc": ["piqa", "arc_easy", "mean"]}
+    assert content.baseline_scores["acc"]["mean"] == (0.61, 0.0125)
+    assert sorted((row.name, "acc" in row.scores) for row in content.rows) == [
+        ("a", False), ("a", True), ("b", False), ("c", False)
+    ]  # fmt: skip
+    panels = _panels(content)
+    assert [(each.measure, each.title) for each in panels] == [("perplexity", "c4"), ("acc", "mean of the tasks")]
+    assert list(panels[1].figures.values()) == [(0.6, 0.0125)]
+    assert panels[1].full == 0.61
+    html = write_comparison([*folders, judged], tmp_path / "out").read_text(encoding="utf-8")
+    for told in ("<h2>acc</h2>", "arc_easy", "0.7000 ± 0.0125", "0.6100 ± 0.0125"):
+        assert told in html
+    assert (
+        "<h2>" not in write_comparison(folders, tmp_path / "none").read_text(encoding="utf-8").split("Figures</h2>")[1]
+    )
 
 
 def test_one_run_and_unfinished_ones_are_refused(folders: list[Path], tmp_path: Path) -> None:

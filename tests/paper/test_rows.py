@@ -100,6 +100,7 @@ def test_the_two_differ_in_size() -> None:
         (["measure_bits=3"], "measure_bits is set for the whole"),
         (["plan=plan.json"], "plan is set for the whole"),
         (["evaluator=none"], "perplexity"),
+        (["evaluator=lm_eval"], "perplexity"),
         (["data=pydoc"], "no text named c4 and wikitext2"),
         (["data=text", "data.path=a", "data.evaluation_path={c4: b}"], "no text named wikitext2"),
         (["data=text", "data.path=a", "data.evaluation_path=b"], "no text named c4"),

@@ -15,6 +15,7 @@ from aptq.report import write_report
 from aptq.report.content import collect
 from aptq.run import Run
 from aptq.settings import RunSettings
+from aptq.tables import print_measures, print_summary
 
 KINDS = ("self_attn.q_proj", "mlp.experts.0.up_proj", "mlp.experts.1.up_proj")
 METRICS: dict[str, Any] = {
@@ -145,6 +146,26 @@ def test_the_page_tells_the_results(tmp_path: Path) -> None:
         "triton: it runs on <CUDA>", "cpu: no compiler", "cpu: groups of 48",
     ):  # fmt: skip
         assert told in text
+
+
+def test_scores_of_tasks_have_standard_errors_and_a_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = {
+        "acc": {"piqa": 0.65, "mean": 0.5}, "acc_stderr": {"piqa": 0.0111, "mean": 0.0122},
+        "baseline_acc": {"piqa": 0.7, "mean": 0.52}, "baseline_acc_stderr": {"piqa": 0.0133, "mean": 0.0144},
+    }  # fmt: skip
+    path = write_report(make(tmp_path, METRICS | scores, reports()))
+    text = read(path).text
+    told = ("0.7000 ± 0.0133", "0.6500 ± 0.0111", "-0.0500", "0.5200 ± 0.0144", "0.5000 ± 0.0122", "-0.0200")
+    for each in (*told, "acc, mean of the tasks"):
+        assert each in text
+    assert "acc_stderr" not in text
+    print_summary(Run.read(tmp_path), path)
+    printed = capsys.readouterr().out
+    for each in ("acc on piqa", "perplexity on c4", "accuracy on arc", *told):
+        assert each in printed
+    print_measures({key: scores[key] for key in ("acc", "acc_stderr")}, "mine")
+    assert "0.6500 ± 0.0111" in (printed := capsys.readouterr().out)
+    assert "acc_stderr" not in printed
 
 
 def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path: Path) -> None:

@@ -34,6 +34,14 @@ def test_changes(before: float | None, after: float | None, spelled: str) -> Non
     assert words.change(before, after) == spelled
 
 
+def test_scores_have_their_standard_error_and_change_by_a_difference() -> None:
+    assert words.measured(0.51234, 0.0123) == "0.5123 ± 0.0123"
+    assert words.measured(0.51234, None) == "0.5123"
+    assert words.measured(None, None) == "not finite"
+    assert words.difference(0.5, 0.4) == "-0.1000"
+    assert words.difference(None, 0.4) == ""
+
+
 def test_shares() -> None:
     assert words.share(0.254) == "25%"
 

@@ -13,11 +13,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from aptq import registry
-from aptq.api import AptqError, ExportJob
+from aptq.api import AptqError, Evaluator, ExportJob
 from aptq.calibration.statistics import content_key
 from aptq.callbacks import Callbacks
 from aptq.config import compose, to_settings
 from aptq.data import calibration_samples, check_data
+from aptq.evaluation import check_tasks, needs_texts
 from aptq.experiment import build_callbacks, launch
 from aptq.files import new_folder, write_bytes, write_text
 from aptq.finished import job_of
@@ -132,7 +133,9 @@ def _prepare(config: dict[str, Any]) -> _Job:
     for option in set(quantized.plan.values()):
         trainable_format(quantized, option)
     data = to_settings(DataSettings, origin.config["data"], "data")
-    check_data(data, evaluate=_evaluates(origin))
+    evaluator = _evaluator(origin)
+    check_data(data, evaluate=needs_texts(evaluator))
+    check_tasks(evaluator)
     source = open_model(to_settings(ModelSettings, origin.config["model"], "model"))
     longest = getattr(source.config, "max_position_embeddings", None)
     if longest is not None and text.length > longest:
@@ -156,8 +159,11 @@ def _prepare(config: dict[str, Any]) -> _Job:
     )
 
 
-def _evaluates(origin: Run) -> bool:
-    return bool(origin.config.get("evaluator"))
+def _evaluator(origin: Run) -> Evaluator | None:
+    """Build what the run was judged by, if it was."""
+    section = origin.config.get("evaluator")
+    evaluator: Evaluator | None = registry.build("evaluator", section) if section else None
+    return evaluator
 
 
 def _train(job: _Job, new: Run, stages: Stages) -> None:
@@ -219,9 +225,9 @@ def _write(job: _Job, new: Run, students: Mapping[str, StudentLinear], told: Map
 def _judge(job: _Job, new: Run, stages: Stages) -> dict[str, Any]:
     """Return the metrics of the new run; ``perplexity_before`` is that of the run that it began as."""
     before = job.origin.metrics()
-    judged: dict[str, Any] = {"perplexity": {}, "baseline_perplexity": before["baseline_perplexity"]}
-    if _evaluates(job.origin):
-        evaluator = registry.build("evaluator", job.origin.config["evaluator"])
+    baseline = {name: value for name, value in before.items() if name.startswith("baseline_")}
+    judged: dict[str, Any] = {"perplexity": {}, **baseline}
+    if (evaluator := _evaluator(job.origin)) is not None:
         with stages(EVALUATE, 1, "model"):
             judge = Judge(evaluator, job.callbacks, job.data, job.source.tokenizer)
             backend = {"name": "auto"} if job.config["backend"] == "auto" else job.config["backend"]
