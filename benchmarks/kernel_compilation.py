@@ -1,7 +1,7 @@
 """Compile the Triton kernels that are shipped for GPUs that need not be here, and count what they became.
 
 Writes a table of registers, shared memory, widths of loads and instructions for a weight: ``results/kernels_compiled``
-``.json`` and ``.md``. Compiling goes on where an earlier run on the same sources was stopped.
+``.json`` and ``.md``. What an earlier run compiled is kept, but for kernels whose sources have changed since.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from typing import Any
 import triton
 
 import aptq.kernels.triton
-from aptq.kernels.triton.compiled import compile_config
+from aptq.kernels.triton.compiled import KERNELS, compile_config
 from aptq.kernels.triton.configs import SHIPPED, Config
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -68,17 +69,29 @@ def _key(case: Mapping[str, Any]) -> str:
     return json.dumps([case[name] for name in ("config", "bits", "meaning", "capability")], sort_keys=True)
 
 
-def _digest() -> str:
-    """Return what tells the kernels' sources from others."""
-    folder = Path(aptq.kernels.triton.__file__).parent
-    files = [folder / f"{name}.py" for name in ("codes", "gemv", "dot", "dense")]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+def digests() -> dict[str, str]:
+    """Return for every kernel what tells its sources from others: those of its module and the ones that it imports."""
+    return {name: _digest(kernel.fn.__module__) for name, kernel in KERNELS.items()}
+
+
+def _digest(module: str) -> str:
+    sources = hashlib.sha256()
+    for path in sorted(_sources(module)):
+        sources.update(path.read_bytes())
+    return sources.hexdigest()[:12]
+
+
+def _sources(module: str) -> set[Path]:
+    """Return the files of a module of our kernels and of those that it imports."""
+    path = Path(aptq.kernels.triton.__file__).parent / f"{module.rpartition('.')[2]}.py"
+    imported = re.findall(r"^from (aptq\.kernels\.triton\.\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {path}.union(*map(_sources, imported))
 
 
 def _open(path: Path) -> dict[str, Any]:
     fresh = {
         "triton": triton.__version__,
-        "sources": _digest(),
+        "sources": digests(),
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "benchmarks/kernel_compilation.py", *sys.argv[1:]]),
         "rows": [],
@@ -86,8 +99,10 @@ def _open(path: Path) -> dict[str, Any]:
     if not path.exists():
         return fresh
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    same = all(before[name] == fresh[name] for name in ("triton", "sources"))
-    return before if same else fresh
+    if before["triton"] != fresh["triton"]:
+        return fresh
+    same = {name for name, digest in digests().items() if before["sources"].get(name) == digest}
+    return fresh | {"rows": [row for row in before["rows"] if row["config"]["kernel"] in same]}
 
 
 def page(record: Mapping[str, Any]) -> str:
@@ -120,9 +135,8 @@ def page(record: Mapping[str, Any]) -> str:
     most = max((row["stack"] for row in spilled), default=0)
     told = f"{len(spilled)} keep up to {most} bytes of a thread in memory" if spilled else "none spills a register"
     lines += ["", f"Of {len(record['rows'])} compilations {told}.", ""]
-    lines.append(
-        f"Triton {record['triton']}, sources {record['sources']}, {record['date']}, written by `{record['command']}`."
-    )
+    sources = ", ".join(f"{name} {digest}" for name, digest in record["sources"].items())
+    lines.append(f"Triton {record['triton']}, {record['date']}, written by `{record['command']}`; sources: {sources}.")
     return "\n".join(lines) + "\n"
 
 

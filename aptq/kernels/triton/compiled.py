@@ -24,7 +24,8 @@ from aptq.kernels.triton.dot import dot
 from aptq.kernels.triton.gemv import gemv
 from aptq.kernels.triton.weight import PRIMARY
 
-_KERNELS = {"gemv": gemv, "dot": dot, "dense": dense}
+KERNELS = {"gemv": gemv, "dot": dot, "dense": dense}
+"""By the name that results are kept under."""
 _TYPES = {"words": "*i32", "scales": "*fp16", "below": "*fp16", "zeros": "*u8", "levels": "*fp32"}
 _NUMBERS = ("begin", "end", "width", "rows", "K", "N", "units", "units_per_split", "magic")
 _MULTIPLES_OF_16 = ("begin", "end", "width", "K", "N", "units_per_split")
@@ -89,7 +90,7 @@ def compile_config(
         dtype: of the activations: bf16, fp16 or fp32.
         group: inputs of a group; 0: all.
     """
-    kernel = _KERNELS[config.kernel]
+    kernel = KERNELS[config.kernel]
     constants: dict[str, Any] = {"BITS": bits, "PRIMARY": PRIMARY[bits], "GROUP": group, **MEANINGS[meaning]}
     constants |= {"TAIL": False, "EVEN": True, "ROWS": config.rows, "UNITS": config.units, "COLUMNS": config.columns}
     out = f"*{dtype}" if config.kernel == "dense" else "*fp32"
