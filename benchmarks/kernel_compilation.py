@@ -15,18 +15,20 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import triton
 
 import aptq.kernels.triton
-from aptq.kernels.triton.compiled import KERNELS, compile_config
-from aptq.kernels.triton.configs import SHIPPED, Config
+from aptq.kernels.triton.compiled import KERNELS, compile_config, kernel_name
+from aptq.kernels.triton.configs import DENSE, LOOKED_UP, SHIPPED, Config
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CODES = [(bits, meaning) for meaning in ("zeros", "symmetric") for bits in (2, 3, 4, 8)]
 CODES += [(bits, meaning) for meaning in ("levels", "two-sided") for bits in (2, 3, 4)]
+STATES = [(2, "states of 10"), (3, "states of 10"), (4, "states of 10"), (2, "states of 12")]
 
 
 def main() -> None:
@@ -60,8 +62,8 @@ def main() -> None:
 
 def _cases(capabilities: list[int]) -> Iterator[tuple[Config, int, str, int]]:
     for capability in sorted(capabilities, key=lambda each: (each != 90, each)):
-        for config in SHIPPED:
-            for bits, meaning in CODES:
+        for configs, codes in ((SHIPPED, CODES), ((*LOOKED_UP.values(), DENSE), STATES)):
+            for config, (bits, meaning) in product(configs, codes):
                 yield config, bits, meaning, capability
 
 
@@ -102,7 +104,9 @@ def _open(path: Path) -> dict[str, Any]:
     if before["triton"] != fresh["triton"]:
         return fresh
     same = {name for name, digest in digests().items() if before["sources"].get(name) == digest}
-    return fresh | {"rows": [row for row in before["rows"] if row["config"]["kernel"] in same]}
+    return fresh | {
+        "rows": [row for row in before["rows"] if kernel_name(row["config"]["kernel"], row["meaning"]) in same]
+    }
 
 
 def page(record: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -14,7 +15,7 @@ from aptq import packing
 from aptq.api import AptqError, LayerSpec
 from aptq.backends.planar import FLOATS, refuses_dtype, unreadable
 from aptq.kernels.triton import read_table
-from aptq.meaning import Levels, meaning_of
+from aptq.meaning import Levels, States, meaning_of
 
 _CAPABILITY = (8, 0)  # the oldest that the kernels are compiled and counted for
 _MOST_WORDS = 1 << 31  # that the kernels' 32-bit addresses reach
@@ -61,10 +62,14 @@ class Triton:
         words = math.prod(packing.packed_shape(spec.out_features, spec.in_features, spec.option.bits))
         if words >= _MOST_WORDS:
             return f"it reads weights of less than {_MOST_WORDS} words, not of {words}"
-        return unreadable(spec)
+        if (reason := unreadable(spec, states=True)) is not None:
+            return reason
+        if isinstance(meaning_of(spec.format, spec.option), States) and spec.option.bits > 6:
+            return f"it reads states of codes of at most 6 bits, not {spec.option.bits}"
+        return None
 
     def prepack(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
-        """Return codes and scales of the checkpoint, zeros as bytes ``[groups, out]`` and the table of levels."""
+        """Return codes and scales of the checkpoint, zeros as bytes ``[groups, out]``, and the table of values."""
         meaning = meaning_of(spec.format, spec.option)
         prepacked = {name: tensor for name, tensor in tensors.items() if name != "qzeros"}
         if "qzeros" in tensors:
@@ -72,19 +77,33 @@ class Triton:
             prepacked["zeros"] = zeros.contiguous()
         if isinstance(meaning, Levels):
             prepacked["levels"] = meaning.levels.to(tensors["qweight"].device)
+        if isinstance(meaning, States):
+            prepacked["states"] = _shared_table(meaning, tensors["qweight"].device)
         return prepacked
 
     def matmul(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
         """Return ``x @ W^T`` for ``x [..., in]``, as ``[..., out]`` in the dtype of ``x``."""
-        size = spec.option.group_size
-        y: Tensor = torch.ops.aptq.triton_matmul(
+        size, table = spec.option.group_size, self.tuning or ""
+        group = spec.in_features if size == -1 else size
+        y: Tensor
+        if "states" in tensors:
+            packed = tensors["qweight"], tensors["scales"], tensors["states"]
+            y = torch.ops.aptq.triton_states_matmul(x, *packed, group, table)
+            return y
+        y = torch.ops.aptq.triton_matmul(
             x,
             tensors["qweight"],
             tensors["scales"],
             tensors.get("scales_below"),
             tensors.get("zeros"),
             tensors.get("levels"),
-            spec.in_features if size == -1 else size,
-            self.tuning or "",
+            group,
+            table,
         )
         return y
+
+
+@lru_cache(maxsize=64)
+def _shared_table(meaning: States, device: torch.device) -> Tensor:
+    """Return one table for all layers of a kind, which the cache then holds once for a device."""
+    return meaning.values.to(device)

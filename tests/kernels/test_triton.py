@@ -19,10 +19,11 @@ REGISTERS = {"gemv": 128, "dot": 255, "dense": 128}  # of one row; of more rows 
 PER_WEIGHT = {"zeros": 6.3, "symmetric": 6.0, "levels": 6.0, "two-sided": 8.0}  # of the worst width and GPU
 
 
-def test_in_the_interpreter() -> None:
+@pytest.mark.parametrize("name", ["interpreted", "interpreted_tables"])
+def test_in_the_interpreter(name: str) -> None:
     """In a process of its own: Triton interprets or compiles, as it was told when it was imported."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install 'aptq[gpu]'")
-    tests = Path(__file__).parent / "triton" / "interpreted.py"
+    tests = Path(__file__).parent / "triton" / f"{name}.py"
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(tests)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tests.parents[3], check=False)

@@ -22,21 +22,42 @@ from aptq.kernels.triton.configs import UNIT, Config
 from aptq.kernels.triton.dense import dense
 from aptq.kernels.triton.dot import dot
 from aptq.kernels.triton.gemv import gemv
+from aptq.kernels.triton.states import states_dense, states_gemv
 from aptq.kernels.triton.weight import PRIMARY
 
-KERNELS = {"gemv": gemv, "dot": dot, "dense": dense}
+KERNELS = {
+    "gemv": gemv,
+    "dot": dot,
+    "dense": dense,
+    "states_gemv": states_gemv,
+    "states_dense": states_dense,
+}
 """By the name that results are kept under."""
-_TYPES = {"words": "*i32", "scales": "*fp16", "below": "*fp16", "zeros": "*u8", "levels": "*fp32"}
+_TYPES = {
+    "words": "*i32",
+    "scales": "*fp16",
+    "below": "*fp16",
+    "zeros": "*u8",
+    "levels": "*fp32",
+    "values": "*fp32",
+}
 _NUMBERS = ("begin", "end", "width", "rows", "K", "N", "units", "units_per_split", "magic")
 _MULTIPLES_OF_16 = ("begin", "end", "width", "K", "N", "units_per_split")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
-MEANINGS = {
+MEANINGS: dict[str, dict[str, Any]] = {
     "zeros": {"ZEROS": True, "LEVELS": False, "BELOW": False},
     "symmetric": {"ZEROS": False, "LEVELS": False, "BELOW": False},
     "levels": {"ZEROS": False, "LEVELS": True, "BELOW": False},
     "two-sided": {"ZEROS": False, "LEVELS": True, "BELOW": True},
+    "states of 10": {"STATE": 10},
+    "states of 12": {"STATE": 12},
 }
-"""What codes can mean: integers with stored zeros or without, levels with one scale or two."""
+"""What codes can mean: integers with stored zeros or without, levels with one scale or two, states of so many bits."""
+
+
+def kernel_name(kernel: str, meaning: str) -> str:
+    """Return which of ``KERNELS`` does what a config names, for codes of a meaning."""
+    return f"states_{kernel}" if "STATE" in MEANINGS[meaning] else kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +111,7 @@ def compile_config(
         dtype: of the activations: bf16, fp16 or fp32.
         group: inputs of a group; 0: all.
     """
-    kernel = KERNELS[config.kernel]
+    kernel = KERNELS[kernel_name(config.kernel, meaning)]
     constants: dict[str, Any] = {"BITS": bits, "PRIMARY": PRIMARY[bits], "GROUP": group, **MEANINGS[meaning]}
     constants |= {"TAIL": False, "EVEN": True, "ROWS": config.rows, "UNITS": config.units, "COLUMNS": config.columns}
     out = f"*{dtype}" if config.kernel == "dense" else "*fp32"

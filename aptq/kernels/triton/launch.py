@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -11,6 +13,7 @@ from aptq.kernels.triton.dense import dense
 from aptq.kernels.triton.dot import dot
 from aptq.kernels.triton.gemv import gemv
 from aptq.kernels.triton.parts import add_up
+from aptq.kernels.triton.states import states_dense, states_gemv
 from aptq.kernels.triton.weight import MAGIC, PRIMARY, PackedWeight
 
 _STRIP = 1 << 26
@@ -35,19 +38,29 @@ def multiply(x: Tensor, weight: PackedWeight, config: Config, processors: int) -
 
 def meanings(weight: PackedWeight) -> dict[str, object]:
     """Return the kernels' constants that say what codes mean."""
-    return {
+    constants: dict[str, object] = {
         "BITS": weight.bits,
         "PRIMARY": PRIMARY[weight.bits],
         "GROUP": 0 if weight.group >= weight.in_features else weight.group,
-        "ZEROS": weight.zeros is not None,
-        "LEVELS": weight.levels is not None,
-        "BELOW": weight.below is not None,
     }
+    if weight.states is not None:
+        return constants | {"STATE": len(weight.states).bit_length() - 1}
+    constants |= {name: each is not None for name, each in (("ZEROS", weight.zeros), ("LEVELS", weight.levels))}
+    return constants | {"BELOW": weight.below is not None, "magic": MAGIC}
+
+
+def kernel_of(weight: PackedWeight, name: str) -> Any:
+    """Return the kernel that does for a weight what a config names."""
+    if weight.states is not None:
+        return {"gemv": states_gemv, "dense": states_dense}[name]
+    return {"gemv": gemv, "dot": dot, "dense": dense}[name]
 
 
 def _tensors(weight: PackedWeight) -> list[Tensor]:
     """Return the kernels' pointers; what a weight has not is never read."""
     scales = weight.scales
+    if weight.states is not None:
+        return [weight.qweight, scales, weight.states]
     optional = [scales if each is None else each for each in (weight.below, weight.zeros, weight.levels)]
     return [weight.qweight, scales, *optional]
 
@@ -61,8 +74,7 @@ def _by_parts(x: Tensor, weight: PackedWeight, config: Config, processors: int) 
     splits = triton.cdiv(steps, steps_per_split)
     y = x.new_empty(rows, out_features)
     parts = y if splits == 1 else torch.empty(splits, rows, out_features, dtype=torch.float32, device=x.device)
-    kernel = gemv if config.kernel == "gemv" else dot
-    kernel[(grid[0], splits, grid[2])](
+    kernel_of(weight, config.kernel)[(grid[0], splits, grid[2])](
         x,
         *_tensors(weight),
         parts,
@@ -71,7 +83,6 @@ def _by_parts(x: Tensor, weight: PackedWeight, config: Config, processors: int) 
         out_features,
         units,
         steps_per_split * config.units,
-        MAGIC,
         **meanings(weight),
         TAIL=weight.in_features % UNIT != 0,
         EVEN=units % config.units == 0,
@@ -104,7 +115,7 @@ def _by_strips(x: Tensor, weight: PackedWeight, config: Config) -> Tensor:
 def unpack(weight: PackedWeight, begin: int, end: int, room: Tensor, config: Config) -> Tensor:
     """Write ``W^T [in, end - begin]`` of some outputs into ``room [in, at least as many]`` and return that part."""
     units = weight.qweight.shape[0]
-    dense[(triton.cdiv(end - begin, config.columns), triton.cdiv(units, config.units))](
+    kernel_of(weight, "dense")[(triton.cdiv(end - begin, config.columns), triton.cdiv(units, config.units))](
         *_tensors(weight),
         room,
         begin,
@@ -113,7 +124,6 @@ def unpack(weight: PackedWeight, begin: int, end: int, room: Tensor, config: Con
         weight.in_features,
         weight.out_features,
         units,
-        MAGIC,
         **meanings(weight),
         UNITS=config.units,
         COLUMNS=config.columns,

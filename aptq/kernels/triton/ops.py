@@ -1,7 +1,7 @@
 """The product with a packed weight on a GPU as an operator of torch, which compiled and captured graphs can hold.
 
-``torch.ops.aptq.triton_matmul`` is defined whether or not Triton is installed; the kernels are imported when it is
-first called.
+``torch.ops.aptq.triton_matmul`` and its like are defined whether or not Triton is installed; the kernels are imported
+when one is first called.
 """
 
 from __future__ import annotations
@@ -38,21 +38,38 @@ def triton_matmul(
         group: inputs that share a scale.
         table: a tuning table's path, or "".
     """
+    weight = PackedWeight(
+        qweight=qweight,
+        scales=scales,
+        below=below,
+        zeros=zeros,
+        levels=levels,
+        in_features=x.shape[-1],
+        group=group,
+    )
+    return _product(x, weight, table, "")
+
+
+def triton_states_matmul(x: Tensor, qweight: Tensor, scales: Tensor, states: Tensor, group: int, table: str) -> Tensor:
+    """Return what ``triton_matmul`` does for a weight whose values are those of states (``PackedWeight.states``)."""
+    weight = PackedWeight(qweight=qweight, scales=scales, states=states, in_features=x.shape[-1], group=group)
+    return _product(x, weight, table, "states")
+
+
+def _product(x: Tensor, weight: PackedWeight, table: str, kind: str) -> Tensor:
     from aptq.kernels.triton.launch import multiply
 
-    in_features = x.shape[-1]
-    weight = PackedWeight(
-        qweight=qweight, scales=scales, below=below, zeros=zeros, levels=levels, in_features=in_features, group=group
-    )
+    in_features = weight.in_features
     rows = x.reshape(-1, in_features).contiguous()
     case = Case(
         rows=max(1, rows.shape[0]),
         out_features=weight.out_features,
         in_features=in_features,
         bits=weight.bits,
-        levels=levels is not None,
+        levels=weight.levels is not None,
         dtype=x.dtype,
-        whole_units=group % UNIT == 0 or group >= in_features,
+        whole_units=weight.group % UNIT == 0 or weight.group >= in_features,
+        kind=kind,
     )
     processors = _processors(x.device)
     y = multiply(rows, weight, choose(case, processors, table), processors)
@@ -71,3 +88,4 @@ define_product(
     triton_matmul,
     "CUDA",
 )
+define_product("triton_states_matmul", "Tensor states, int group, str table", triton_states_matmul, "CUDA")

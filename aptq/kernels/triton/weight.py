@@ -21,6 +21,7 @@ class PackedWeight:
     below: Tensor | None = None  # [groups, out]: scales of levels below 0, where those have their own
     zeros: Tensor | None = None  # [groups, out], numbers of any dtype; None: every zero is 2^(bits - 1)
     levels: Tensor | None = None  # float32 [2^bits]: what codes stand for; None: integers
+    states: Tensor | None = None  # float32 [2^L]: what the last L bits of an output's and earlier ones' codes stand for
     in_features: int
     group: int  # inputs that share a scale; as many as there are, or more: all
 

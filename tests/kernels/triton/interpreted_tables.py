@@ -1,0 +1,126 @@
+"""The Triton kernels of values that are looked up in large tables, in the interpreter: see ``interpreted``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from aptq import packing
+from aptq.formats.trellis import Trellis
+from aptq.formats.trellis_code import states_of
+from aptq.kernels.triton import launch, ops
+from aptq.kernels.triton.configs import Config
+from aptq.kernels.triton.weight import PackedWeight
+from aptq.testing import check_backend
+from tests.kernels.triton.interpreted import Interpreted, _poison, assert_product
+
+__all__ = ["_poison"]  # a fixture of every test
+
+CONFIGS = {
+    "gemv": Config(kernel="gemv", units=2, columns=32),
+    "gemv of rows": Config(kernel="gemv", rows=4, units=4, columns=64),
+    "dense": Config(kernel="dense", units=4, columns=64),
+}
+
+
+def states_layer(
+    shape: tuple[int, int], bits: int, state_bits: int, group: int, seed: int = 0
+) -> tuple[PackedWeight, Tensor]:
+    """Return a weight of random codes whose states have random values, and what it stands for in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, shape, generator=generator)
+    table = torch.randn(1 << state_bits, generator=generator)
+    scales = torch.rand(-(-shape[1] // group), shape[0], generator=generator) + 0.01
+    values = table.double()[states_of(codes.T.contiguous(), bits, state_bits).long()]
+    packed = PackedWeight(
+        qweight=packing.pack(codes, bits), scales=scales, states=table, in_features=shape[1], group=group
+    )
+    return packed, (values * scales.double().repeat_interleave(group, 0)[: shape[1]]).T
+
+
+EVERYTHING = [("gemv", bits, state_bits) for bits in range(1, 7) for state_bits in (10, 12)]
+EVERYTHING += [("dense", 1, 12), ("dense", 2, 10), ("dense", 6, 12)]
+
+
+@pytest.mark.parametrize(("name", "bits", "state_bits"), EVERYTHING)
+def test_states_of_every_width(name: str, bits: int, state_bits: int) -> None:
+    weight, dense = states_layer((45, 77), bits, state_bits, 77)  # a tail of outputs, inputs and units
+    assert_product(weight, dense, 1, CONFIGS[name])
+
+
+@pytest.mark.parametrize(("shape", "group"), [((33, 100), 64), ((1, 1), 32), ((70, 33), 33), ((24, 50), 20)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shapes_and_groups_of_states(name: str, shape: tuple[int, int], group: int) -> None:
+    weight, dense = states_layer(shape, 3, 10, group)
+    assert_product(weight, dense, 5, CONFIGS[name])
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 90), st.integers(1, 160)),
+    bits=st.integers(1, 6),
+    state_bits=st.integers(6, 12),
+    group=st.sampled_from([16, 32, 64, 96, 1000]),
+    rows=st.integers(1, 9),
+    name=st.sampled_from(list(CONFIGS)),
+    programs=st.integers(1, 9),
+    seed=st.integers(0, 1000),
+)
+def test_any_states(
+    shape: tuple[int, int], bits: int, state_bits: int, group: int, rows: int, name: str, programs: int, seed: int
+) -> None:
+    weight, dense = states_layer(shape, bits, state_bits, group, seed)
+    assert_product(weight, dense, rows, replace(CONFIGS[name], programs=programs), seed)
+
+
+def test_parts_and_strips_of_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, dense = states_layer((150, 192), 2, 12, 192)
+    parts = Config(kernel="gemv", rows=2, units=2, columns=64, programs=100)
+    assert_product(weight, dense, 2, parts)
+    x = torch.randn(2, 192, generator=torch.Generator().manual_seed(1)).half()
+    assert torch.equal(launch.multiply(x, weight, parts, 1), launch.multiply(x, weight, parts, 1))
+    monkeypatch.setattr(launch, "_STRIP", 64 * 192)  # strips begin within a run of codes
+    assert_product(weight, dense, 9, CONFIGS["dense"])
+
+
+def test_what_is_not_finite_stays_in_its_row_of_states() -> None:
+    weight, _ = states_layer((40, 96), 4, 10, 32)
+    for name, config in CONFIGS.items():
+        x = torch.randn(3, 96)
+        x[1, 50] = float("nan")
+        y = launch.multiply(x, weight, config, 1)
+        assert y[[0, 2]].isfinite().all(), name
+        assert y[1].isnan().all(), name
+
+
+@pytest.fixture
+def _on_the_cpu() -> object:
+    """Let the operators run on the CPU, in the interpreter."""
+    with torch.library._scoped_library("aptq", "IMPL") as library:
+        library.impl("triton_states_matmul", ops.triton_states_matmul, "CPU")
+        yield
+
+
+@pytest.mark.usefixtures("_on_the_cpu")
+@pytest.mark.parametrize(
+    ("format", "bits", "dtype"),
+    [(Trellis(), 2, torch.float32), (Trellis(state_bits=12, scale_dtype="bfloat16"), 4, torch.float16)],
+)
+def test_conformance(format: Trellis, bits: int, dtype: torch.dtype) -> None:
+    check_backend(Interpreted(), format=format, bits=(bits,), shapes=((5, 33),), group_sizes=(20,), dtypes=(dtype,))
+
+
+@pytest.mark.usefixtures("_on_the_cpu")
+@pytest.mark.parametrize("leading", [(), (2, 1, 3), (0,)])
+def test_the_operator_of_states(leading: tuple[int, ...]) -> None:
+    weight, dense = states_layer((40, 64), 4, 10, 32)
+    x = torch.randn(*leading, 64)
+    arguments = (x, weight.qweight, weight.scales, weight.states, 32, "")
+    torch.library.opcheck(torch.ops.aptq.triton_states_matmul, arguments)
+    found = torch.ops.aptq.triton_states_matmul(*arguments)
+    torch.testing.assert_close(found.double(), x.double() @ dense.T, rtol=1e-4, atol=1e-4)
