@@ -10,14 +10,16 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from aptq import packing
 from aptq.api import AptqError, LayerSpec
 from aptq.backends.planar import FLOATS, refuses_dtype, unreadable
 from aptq.kernels.triton import read_table
-from aptq.meaning import Levels, States, meaning_of
+from aptq.meaning import Blocks, Levels, States, codebooks_of, meaning_of
 
 _CAPABILITY = (8, 0)  # the oldest that the kernels are compiled and counted for
+_MOST_CODEBOOKS = 16
 _MOST_WORDS = 1 << 31  # that the kernels' 32-bit addresses reach
 
 
@@ -62,23 +64,30 @@ class Triton:
         words = math.prod(packing.packed_shape(spec.out_features, spec.in_features, spec.option.bits))
         if words >= _MOST_WORDS:
             return f"it reads weights of less than {_MOST_WORDS} words, not of {words}"
-        if (reason := unreadable(spec, states=True)) is not None:
-            return reason
-        if isinstance(meaning_of(spec.format, spec.option), States) and spec.option.bits > 6:
-            return f"it reads states of codes of at most 6 bits, not {spec.option.bits}"
-        return None
+        return unreadable(spec, states=True, blocks=True) or _refuses_meaning(spec)
 
     def prepack(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
-        """Return codes and scales of the checkpoint, zeros as bytes ``[groups, out]``, and the table of values."""
-        meaning = meaning_of(spec.format, spec.option)
-        prepacked = {name: tensor for name, tensor in tensors.items() if name != "qzeros"}
+        """Return codes and scales of the checkpoint, zeros as bytes ``[groups, out]``, and tables of values.
+
+        Selectors of codebooks become four bits for each 8 inputs, int16 ``[ceil(in / 32), out]``.
+        """
+        meaning, device = meaning_of(spec.format, spec.option), tensors["qweight"].device
+        prepacked = {name: tensors[name] for name in ("qweight", "scales", "scales_below") if name in tensors}
         if "qzeros" in tensors:
             zeros = packing.unpack(tensors["qzeros"], spec.option.bits, spec.out_features)
             prepacked["zeros"] = zeros.contiguous()
         if isinstance(meaning, Levels):
-            prepacked["levels"] = meaning.levels.to(tensors["qweight"].device)
+            prepacked["levels"] = meaning.levels.to(device)
         if isinstance(meaning, States):
-            prepacked["states"] = _shared_table(meaning, tensors["qweight"].device)
+            prepacked["states"] = _shared_table(meaning, device)
+        if isinstance(meaning, Blocks):
+            codebooks = codebooks_of(meaning, spec.format, spec.option, tensors["codebooks"])
+            prepacked["levels"] = codebooks.flatten().to(device)
+            if meaning.count > 1:
+                prepacked["selectors"] = _selectors(tensors["selectors"], meaning, spec)
+        if isinstance(meaning, Levels | Blocks) and meaning.scale_values is not None:
+            values = meaning.scale_values.to(device)
+            prepacked["scale_values"] = values * tensors["scale_unit"] if "scale_unit" in tensors else values
         return prepacked
 
     def matmul(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
@@ -89,6 +98,10 @@ class Triton:
         if "states" in tensors:
             packed = tensors["qweight"], tensors["scales"], tensors["states"]
             y = torch.ops.aptq.triton_states_matmul(x, *packed, group, table)
+            return y
+        if "selectors" in tensors or "scale_values" in tensors:
+            names = ("qweight", "scales", "scale_values", "selectors", "levels")
+            y = torch.ops.aptq.triton_blocks_matmul(x, *map(tensors.get, names), group, table)
             return y
         y = torch.ops.aptq.triton_matmul(
             x,
@@ -101,6 +114,32 @@ class Triton:
             table,
         )
         return y
+
+
+def _refuses_meaning(spec: LayerSpec) -> str | None:
+    """Say what of the codes the kernels cannot read, of codes and tensors that have a meaning."""
+    meaning, bits, size = meaning_of(spec.format, spec.option), spec.option.bits, spec.option.group_size
+    if isinstance(meaning, States) and bits > 6:
+        return f"it reads states of codes of at most 6 bits, not {bits}"
+    if isinstance(meaning, Blocks):
+        if meaning.count > 1 and meaning.block_size % 8:
+            return f"it reads blocks of a multiple of 8 inputs, not of {meaning.block_size}"
+        if meaning.count > _MOST_CODEBOOKS or bits > 4:
+            allowed = f"at most {_MOST_CODEBOOKS} codebooks of codes of at most 4 bits"
+            return f"it reads {allowed}, not {meaning.count} of {bits}"
+    in_spans = isinstance(meaning, Blocks) or (isinstance(meaning, Levels) and meaning.scale_values is not None)
+    if in_spans and size % 8 and -1 < size < spec.in_features:
+        return f"it reads codebooks, and scales stored as bytes, in groups of a multiple of 8 inputs, not of {size}"
+    return None
+
+
+def _selectors(packed: Tensor, meaning: Blocks, spec: LayerSpec) -> Tensor:
+    """Return selectors as ``Triton.prepack`` has them."""
+    chosen = packing.unpack(packed, meaning.selector_bits, spec.out_features)  # [blocks, out]
+    eights = chosen.int().repeat_interleave(meaning.block_size // 8, 0)[: -(-spec.in_features // 8)]
+    padded = functional.pad(eights, (0, 0, 0, -len(eights) % 4)).view(-1, 4, spec.out_features)
+    places = torch.arange(4, dtype=torch.int32, device=packed.device)[:, None]
+    return (padded << 4 * places).sum(1, dtype=torch.int32).to(torch.int16)
 
 
 @lru_cache(maxsize=64)

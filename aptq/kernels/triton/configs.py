@@ -51,7 +51,7 @@ class Case:
     levels: bool
     dtype: torch.dtype  # of the activations
     whole_units: bool  # whether groups are
-    kind: str = ""  # of kernels: "states", or "" for integers and levels
+    kind: str = ""  # of kernels, see ``PackedWeight``
 
     def key(self) -> tuple[Any, ...]:
         """Return what a table tells cases apart by; numbers of rows count up to the next power of two."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from aptq.kernels.triton.blocks import blocks_dense, blocks_gemv
 from aptq.kernels.triton.configs import UNIT, Config
 from aptq.kernels.triton.dense import dense
 from aptq.kernels.triton.dot import dot
@@ -16,6 +18,11 @@ from aptq.kernels.triton.parts import add_up
 from aptq.kernels.triton.states import states_dense, states_gemv
 from aptq.kernels.triton.weight import MAGIC, PRIMARY, PackedWeight
 
+_KERNELS = {
+    "": {"gemv": gemv, "dot": dot, "dense": dense},
+    "states": {"gemv": states_gemv, "dense": states_dense},
+    "blocks": {"gemv": blocks_gemv, "dense": blocks_dense},
+}
 _STRIP = 1 << 26
 """Weights that are unpacked at once for a dense product."""
 
@@ -36,24 +43,29 @@ def multiply(x: Tensor, weight: PackedWeight, config: Config, processors: int) -
     return _by_parts(x, weight, config, processors)
 
 
-def meanings(weight: PackedWeight) -> dict[str, object]:
+def meanings(weight: PackedWeight) -> dict[str, int]:
     """Return the kernels' constants that say what codes mean."""
-    constants: dict[str, object] = {
+    constants = {
         "BITS": weight.bits,
         "PRIMARY": PRIMARY[weight.bits],
         "GROUP": 0 if weight.group >= weight.in_features else weight.group,
     }
     if weight.states is not None:
-        return constants | {"STATE": len(weight.states).bit_length() - 1}
+        return constants | {"STATE": _log2(len(weight.states))}
+    if weight.kind == "blocks" and weight.levels is not None:
+        constants |= {"SELECT": _log2(len(weight.levels)) - weight.bits, "BYTES": weight.scale_values is not None}
+        return constants | {"SPAN": math.gcd(constants["GROUP"], UNIT)}
     constants |= {name: each is not None for name, each in (("ZEROS", weight.zeros), ("LEVELS", weight.levels))}
     return constants | {"BELOW": weight.below is not None, "magic": MAGIC}
 
 
+def _log2(count: int) -> int:
+    return count.bit_length() - 1
+
+
 def kernel_of(weight: PackedWeight, name: str) -> Any:
     """Return the kernel that does for a weight what a config names."""
-    if weight.states is not None:
-        return {"gemv": states_gemv, "dense": states_dense}[name]
-    return {"gemv": gemv, "dot": dot, "dense": dense}[name]
+    return _KERNELS[weight.kind][name]
 
 
 def _tensors(weight: PackedWeight) -> list[Tensor]:
@@ -61,8 +73,8 @@ def _tensors(weight: PackedWeight) -> list[Tensor]:
     scales = weight.scales
     if weight.states is not None:
         return [weight.qweight, scales, weight.states]
-    optional = [scales if each is None else each for each in (weight.below, weight.zeros, weight.levels)]
-    return [weight.qweight, scales, *optional]
+    first = (weight.scale_values, weight.selectors) if weight.kind == "blocks" else (weight.below, weight.zeros)
+    return [weight.qweight, scales, *(scales if each is None else each for each in (*first, weight.levels))]
 
 
 def _by_parts(x: Tensor, weight: PackedWeight, config: Config, processors: int) -> Tensor:

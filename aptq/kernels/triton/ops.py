@@ -47,16 +47,39 @@ def triton_matmul(
         in_features=x.shape[-1],
         group=group,
     )
-    return _product(x, weight, table, "")
+    return _product(x, weight, table)
 
 
 def triton_states_matmul(x: Tensor, qweight: Tensor, scales: Tensor, states: Tensor, group: int, table: str) -> Tensor:
     """Return what ``triton_matmul`` does for a weight whose values are those of states (``PackedWeight.states``)."""
     weight = PackedWeight(qweight=qweight, scales=scales, states=states, in_features=x.shape[-1], group=group)
-    return _product(x, weight, table, "states")
+    return _product(x, weight, table)
 
 
-def _product(x: Tensor, weight: PackedWeight, table: str, kind: str) -> Tensor:
+def triton_blocks_matmul(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    scale_values: Tensor | None,
+    selectors: Tensor | None,
+    levels: Tensor,
+    group: int,
+    table: str,
+) -> Tensor:
+    """Return what ``triton_matmul`` does for a weight of codebooks, or whose scales are bytes (``PackedWeight``)."""
+    weight = PackedWeight(
+        qweight=qweight,
+        scales=scales,
+        scale_values=scale_values,
+        selectors=selectors,
+        levels=levels,
+        in_features=x.shape[-1],
+        group=group,
+    )
+    return _product(x, weight, table)
+
+
+def _product(x: Tensor, weight: PackedWeight, table: str) -> Tensor:
     from aptq.kernels.triton.launch import multiply
 
     in_features = weight.in_features
@@ -69,7 +92,7 @@ def _product(x: Tensor, weight: PackedWeight, table: str, kind: str) -> Tensor:
         levels=weight.levels is not None,
         dtype=x.dtype,
         whole_units=weight.group % UNIT == 0 or weight.group >= in_features,
-        kind=kind,
+        kind=weight.kind,
     )
     processors = _processors(x.device)
     y = multiply(rows, weight, choose(case, processors, table), processors)
@@ -89,3 +112,9 @@ define_product(
     "CUDA",
 )
 define_product("triton_states_matmul", "Tensor states, int group, str table", triton_states_matmul, "CUDA")
+define_product(
+    "triton_blocks_matmul",
+    "Tensor? scale_values, Tensor? selectors, Tensor levels, int group, str table",
+    triton_blocks_matmul,
+    "CUDA",
+)

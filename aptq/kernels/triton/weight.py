@@ -20,10 +20,19 @@ class PackedWeight:
     scales: Tensor  # [groups, out], of any floating dtype
     below: Tensor | None = None  # [groups, out]: scales of levels below 0, where those have their own
     zeros: Tensor | None = None  # [groups, out], numbers of any dtype; None: every zero is 2^(bits - 1)
-    levels: Tensor | None = None  # float32 [2^bits]: what codes stand for; None: integers
+    levels: Tensor | None = None  # float32 [2^bits]: what codes stand for, or several such tables; None: integers
+    selectors: Tensor | None = None  # int16 [ceil(in / 32), out]: of each 8 inputs four bits, which table; None: one
+    scale_values: Tensor | None = None  # float32 [256]: what scales stand for, which then are bytes
     states: Tensor | None = None  # float32 [2^L]: what the last L bits of an output's and earlier ones' codes stand for
     in_features: int
     group: int  # inputs that share a scale; as many as there are, or more: all
+
+    @property
+    def kind(self) -> str:
+        """Of the kernels that read it: "states", "blocks", or "" for integers and levels with floats as scales."""
+        if self.states is not None:
+            return "states"
+        return "" if self.selectors is None and self.scale_values is None else "blocks"
 
     @property
     def bits(self) -> int:
