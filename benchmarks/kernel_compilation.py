@@ -23,12 +23,15 @@ import triton
 
 import aptq.kernels.triton
 from aptq.kernels.triton.compiled import KERNELS, compile_config, kernel_name
-from aptq.kernels.triton.configs import DENSE, LOOKED_UP, SHIPPED, Config
+from aptq.kernels.triton.configs import DENSE, LOOKED_UP, ONE_ROW, SHIPPED, Config
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CODES = [(bits, meaning) for meaning in ("zeros", "symmetric") for bits in (2, 3, 4, 8)]
 CODES += [(bits, meaning) for meaning in ("levels", "two-sided") for bits in (2, 3, 4)]
 STATES = [(2, "states of 10"), (3, "states of 10"), (4, "states of 10"), (2, "states of 12")]
+BLOCKS = [(2, "codebooks"), (4, "codebooks"), (4, "levels in 16")]
+CASES = [(SHIPPED, CODES), ((*LOOKED_UP.values(), DENSE), STATES)]
+CASES += [((*ONE_ROW, LOOKED_UP[2], LOOKED_UP[4], DENSE), BLOCKS)]
 
 
 def main() -> None:
@@ -62,7 +65,7 @@ def main() -> None:
 
 def _cases(capabilities: list[int]) -> Iterator[tuple[Config, int, str, int]]:
     for capability in sorted(capabilities, key=lambda each: (each != 90, each)):
-        for configs, codes in ((SHIPPED, CODES), ((*LOOKED_UP.values(), DENSE), STATES)):
+        for configs, codes in CASES:
             for config, (bits, meaning) in product(configs, codes):
                 yield config, bits, meaning, capability
 

@@ -52,9 +52,9 @@ def _chosen(selectors, EIGHT: tl.constexpr, BITS: tl.constexpr, SELECT: tl.const
 
 
 @triton.jit
-def _scale(scales, scale_values, unit, n, N, keep, FIRST: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr):
-    """Return the scales of input ``FIRST`` of each unit as float32, of the shape of ``keep``."""
-    group = unit * 0 if GROUP == 0 else (unit * 32 + FIRST) // GROUP
+def _scale(scales, scale_values, unit, n, N, keep, first, GROUP: tl.constexpr, BYTES: tl.constexpr):
+    """Return the scales of input ``first`` of each unit as float32, of the shape of ``keep``."""
+    group = unit * 0 if GROUP == 0 else (unit * 32 + first) // GROUP
     scale = tl.load(scales + group * N + n, mask=keep, other=0)
     if BYTES:
         return tl.load(scale_values + scale.to(tl.int32))
@@ -119,22 +119,21 @@ def blocks_gemv(
         part = tl.zeros((ROWS, UNITS, COLUMNS), tl.float32)
         for run in tl.static_range(WIDTH // STEP):  # of words whose fields lie among each other
             for quad in tl.static_range(8 // WIDTH):
-                at = run * (32 // PRIMARY) + 4 * STEP * quad
                 for w in tl.static_range(STEP):
                     word = field_word(words + unit * (BITS * N) + n, N, keep, STEP * run + w, BITS, PRIMARY)
-                    place = _chosen(chosen, at // 8, BITS, SELECT)
+                    place = _chosen(chosen, (run * (32 // PRIMARY) + 4 * STEP * quad) // 8, BITS, SELECT)
                     values = _entries(word, place, table, 4 * quad, WIDTH, BITS, UNITS, COLUMNS)
                     for i in tl.static_range(4):
-                        k = unit * 32 + (at + w + STEP * i)
+                        k = unit * 32 + (run * (32 // PRIMARY) + 4 * STEP * quad + w + STEP * i)
                         if TAIL:
                             value_x = tl.load(x + m * K + k, mask=keep_x & (k < K), other=0).to(tl.float32)
                         else:
                             value_x = tl.load(x + m * K + k, mask=keep_x, other=0).to(tl.float32)
                         part += values[i] * value_x
-                if (at + 4 * STEP) % SPAN == 0:
-                    keep_scale = keep & (unit * 32 + (at + 4 * STEP - SPAN) < K) if TAIL else keep
-                    scale = _scale(scales, scale_values, unit, n, N, keep_scale, at + 4 * STEP - SPAN, GROUP, BYTES)
-                    total += part * scale
+                if (run * (32 // PRIMARY) + 4 * STEP * (quad + 1)) % SPAN == 0:
+                    begin = run * (32 // PRIMARY) + 4 * STEP * (quad + 1) - SPAN
+                    keep_scale = keep & (unit * 32 + begin < K) if TAIL else keep
+                    total += part * _scale(scales, scale_values, unit, n, N, keep_scale, begin, GROUP, BYTES)
                     part = tl.zeros((ROWS, UNITS, COLUMNS), tl.float32)
     n = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     m = (tl.program_id(2) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -180,13 +179,13 @@ def blocks_dense(
         chosen = tl.load(selectors + unit * N + n, mask=keep, other=0).to(tl.int32)
     for run in tl.static_range(WIDTH // STEP):
         for quad in tl.static_range(8 // WIDTH):
-            at = run * (32 // PRIMARY) + 4 * STEP * quad
-            keep_scale = keep & (unit * 32 + at // SPAN * SPAN < K)
-            scale = _scale(scales, scale_values, unit, n, N, keep_scale, at // SPAN * SPAN, GROUP, BYTES)
+            begin = (run * (32 // PRIMARY) + 4 * STEP * quad) // SPAN * SPAN
+            keep_scale = keep & (unit * 32 + begin < K)
+            scale = _scale(scales, scale_values, unit, n, N, keep_scale, begin, GROUP, BYTES)
             for w in tl.static_range(STEP):
                 word = field_word(words + unit * (BITS * N) + n, N, keep, STEP * run + w, BITS, PRIMARY)
-                place = _chosen(chosen, at // 8, BITS, SELECT)
+                place = _chosen(chosen, (run * (32 // PRIMARY) + 4 * STEP * quad) // 8, BITS, SELECT)
                 values = _entries(word, place, table, 4 * quad, WIDTH, BITS, UNITS, COLUMNS)
                 for i in tl.static_range(4):
-                    k = unit * 32 + (at + w + STEP * i)
+                    k = unit * 32 + (run * (32 // PRIMARY) + 4 * STEP * quad + w + STEP * i)
                     tl.store(out + k.to(tl.int64) * width + column, values[i] * scale, mask=keep & (k < K))

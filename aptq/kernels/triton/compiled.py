@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from aptq.kernels.triton.blocks import blocks_dense, blocks_gemv
 from aptq.kernels.triton.configs import UNIT, Config
 from aptq.kernels.triton.dense import dense
 from aptq.kernels.triton.dot import dot
@@ -31,6 +32,8 @@ KERNELS = {
     "dense": dense,
     "states_gemv": states_gemv,
     "states_dense": states_dense,
+    "blocks_gemv": blocks_gemv,
+    "blocks_dense": blocks_dense,
 }
 """By the name that results are kept under."""
 _TYPES = {
@@ -40,6 +43,8 @@ _TYPES = {
     "zeros": "*u8",
     "levels": "*fp32",
     "values": "*fp32",
+    "scale_values": "*fp32",
+    "selectors": "*i16",
 }
 _NUMBERS = ("begin", "end", "width", "rows", "K", "N", "units", "units_per_split", "magic")
 _MULTIPLES_OF_16 = ("begin", "end", "width", "K", "N", "units_per_split")
@@ -51,13 +56,17 @@ MEANINGS: dict[str, dict[str, Any]] = {
     "two-sided": {"ZEROS": False, "LEVELS": True, "BELOW": True},
     "states of 10": {"STATE": 10},
     "states of 12": {"STATE": 12},
+    "codebooks": {"SELECT": 3, "BYTES": True, "SPAN": 32, "GROUP": 64},
+    "levels in 16": {"SELECT": 0, "BYTES": True, "SPAN": 16, "GROUP": 16},
 }
-"""What codes can mean: integers with stored zeros or without, levels with one scale or two, states of so many bits."""
+"""What codes can mean: integers with stored zeros or without, levels with one scale or two, states of so many bits,
+entries of 8 codebooks in groups of 64, levels in groups of 16; scales of the last two are bytes."""
 
 
 def kernel_name(kernel: str, meaning: str) -> str:
     """Return which of ``KERNELS`` does what a config names, for codes of a meaning."""
-    return f"states_{kernel}" if "STATE" in MEANINGS[meaning] else kernel
+    constants = MEANINGS[meaning]
+    return f"states_{kernel}" if "STATE" in constants else f"blocks_{kernel}" if "SPAN" in constants else kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +124,8 @@ def compile_config(
     constants: dict[str, Any] = {"BITS": bits, "PRIMARY": PRIMARY[bits], "GROUP": group, **MEANINGS[meaning]}
     constants |= {"TAIL": False, "EVEN": True, "ROWS": config.rows, "UNITS": config.units, "COLUMNS": config.columns}
     out = f"*{dtype}" if config.kernel == "dense" else "*fp32"
-    types = {**_TYPES, **dict.fromkeys(_NUMBERS, "i32"), "x": f"*{dtype}", "out": out}
+    scales = {"scales": "*u8"} if constants.get("BYTES") else {}
+    types = {**_TYPES, **scales, **dict.fromkeys(_NUMBERS, "i32"), "x": f"*{dtype}", "out": out}
     names = kernel.arg_names
     source = ASTSource(
         kernel,

@@ -89,16 +89,22 @@ def rule_of_thumb(case: Case, processors: int) -> Config:
     instructions and registers (``benchmarks/results/kernels_compiled.md``), not from times.
     """
     if case.kind:
-        rows = min(4, 1 << (case.rows - 1).bit_length())
-        return LOOKED_UP[rows] if case.rows <= MOST_LOOKED_UP else DENSE
+        if case.rows > MOST_LOOKED_UP:
+            return DENSE
+        if case.kind == "blocks" and case.rows == 1:
+            return _enough(case, ONE_ROW, processors)
+        return LOOKED_UP[min(4, 1 << (case.rows - 1).bit_length())]
     by_dot = case.dtype != torch.float32 and case.whole_units
     if case.rows > (MOST_ROWS if by_dot else 8):
         return DENSE
     if case.rows <= 2 or not by_dot:
-        tiles = ONE_ROW if case.rows == 1 else TWO_ROWS if case.rows == 2 else FOUR_ROWS
-        enough = (tile for tile in tiles if _tiles(case, tile) >= 2 * processors)
-        return next(enough, tiles[-1])
+        return _enough(case, ONE_ROW if case.rows == 1 else TWO_ROWS if case.rows == 2 else FOUR_ROWS, processors)
     return DOTS[max(16, 1 << (case.rows - 1).bit_length())]
+
+
+def _enough(case: Case, tiles: Sequence[Config], processors: int) -> Config:
+    """Return the first of which there are two for every multiprocessor, or the last."""
+    return next((tile for tile in tiles if _tiles(case, tile) >= 2 * processors), tiles[-1])
 
 
 def _tiles(case: Case, config: Config) -> int:

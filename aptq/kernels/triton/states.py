@@ -87,26 +87,26 @@ def _products(
     n,
     K,
     N,
-    FIRST: tl.constexpr,
+    first,
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
     TAIL: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Add to ``part`` values ``[UNITS, COLUMNS / 4, 2, 2, ...]`` times inputs, of which the first is ``k + FIRST``.
+    """Add to ``part`` values ``[UNITS, COLUMNS / 4, 2, 2, ...]`` times inputs, of which the first is ``k + first``.
 
     The further dimensions are significant as ``windows`` says: the last one most.
     """
     if len(value.shape) == 4:
-        keep = (keep_x & (k + FIRST < K)) if TAIL else keep_x
+        keep = (keep_x & (k + first < K)) if TAIL else keep_x
         if GROUP % 32 != 0:
-            value *= _scale_of(scales, k + FIRST, n, K, N, GROUP, value.shape[0], COLUMNS)
-        return part + value[None] * tl.load(at_row + k + FIRST, mask=keep, other=0).to(tl.float32)
+            value *= _scale_of(scales, k + first, n, K, N, GROUP, value.shape[0], COLUMNS)
+        return part + value[None] * tl.load(at_row + k + first, mask=keep, other=0).to(tl.float32)
     else:
         HALF: tl.constexpr = STEP << (len(value.shape) - 5)
         low, high = tl.split(value)
-        part = _products(part, low, at_row, keep_x, k, scales, n, K, N, FIRST, STEP, GROUP, TAIL, COLUMNS)
-        return _products(part, high, at_row, keep_x, k, scales, n, K, N, FIRST + HALF, STEP, GROUP, TAIL, COLUMNS)
+        part = _products(part, low, at_row, keep_x, k, scales, n, K, N, first, STEP, GROUP, TAIL, COLUMNS)
+        return _products(part, high, at_row, keep_x, k, scales, n, K, N, first + HALF, STEP, GROUP, TAIL, COLUMNS)
 
 
 @triton.jit
@@ -170,7 +170,7 @@ def _write(
     n,
     K,
     N,
-    FIRST: tl.constexpr,
+    first,
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -178,13 +178,13 @@ def _write(
     """Write values ``[UNITS, COLUMNS / 4, 2, 2, ...]`` times their scales to the inputs of ``_products``."""
     if len(value.shape) == 4:
         if GROUP % 32 != 0:
-            value *= _scale_of(scales, k + FIRST, n, K, N, GROUP, value.shape[0], COLUMNS)
+            value *= _scale_of(scales, k + first, n, K, N, GROUP, value.shape[0], COLUMNS)
             scaled = tl.reshape(value, (value.shape[0], COLUMNS))
         else:
             scaled = tl.reshape(value, (value.shape[0], COLUMNS)) * scale
-        tl.store(to + (k + FIRST).to(tl.int64) * width, scaled, mask=keep & (k + FIRST < K))
+        tl.store(to + (k + first).to(tl.int64) * width, scaled, mask=keep & (k + first < K))
     else:
         HALF: tl.constexpr = STEP << (len(value.shape) - 5)
         low, high = tl.split(value)
-        _write(low, to, width, keep, scale, k, scales, n, K, N, FIRST, STEP, GROUP, COLUMNS)
-        _write(high, to, width, keep, scale, k, scales, n, K, N, FIRST + HALF, STEP, GROUP, COLUMNS)
+        _write(low, to, width, keep, scale, k, scales, n, K, N, first, STEP, GROUP, COLUMNS)
+        _write(high, to, width, keep, scale, k, scales, n, K, N, first + HALF, STEP, GROUP, COLUMNS)

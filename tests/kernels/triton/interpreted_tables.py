@@ -11,6 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aptq import packing
+from aptq.api import Format
+from aptq.formats.block_clustered import BlockClustered
+from aptq.formats.float import Float
+from aptq.formats.integer import Integer
 from aptq.formats.trellis import Trellis
 from aptq.formats.trellis_code import states_of
 from aptq.kernels.triton import launch, ops
@@ -98,29 +102,91 @@ def test_what_is_not_finite_stays_in_its_row_of_states() -> None:
         assert y[1].isnan().all(), name
 
 
+def blocks_layer(
+    shape: tuple[int, int], bits: int, selector_bits: int, group: int, in_bytes: bool = True, seed: int = 0
+) -> tuple[PackedWeight, Tensor]:
+    """Return a weight of random entries of random codebooks, blocks of 8, and what it stands for in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    out_features, in_features = shape
+    codes = torch.randint(0, 1 << bits, shape, generator=generator)
+    levels = torch.randn(1 << (bits + selector_bits), generator=generator)
+    units = -(-in_features // 32)
+    chosen = torch.randint(0, 1 << selector_bits, (units * 4, out_features), generator=generator)
+    bytes_of = torch.rand(256, generator=generator) + 0.01
+    stored = torch.randint(0, 256, (-(-in_features // group), out_features), generator=generator)
+    scales = bytes_of[stored]
+    words = (chosen.view(units, 4, out_features) << 4 * torch.arange(4)[:, None]).sum(1)
+    packed = PackedWeight(
+        qweight=packing.pack(codes, bits),
+        scales=stored.to(torch.uint8) if in_bytes else scales,
+        scale_values=bytes_of if in_bytes else None,
+        selectors=words.to(torch.int16) if selector_bits else None,
+        levels=levels,
+        in_features=in_features,
+        group=group,
+    )
+    places = codes + (chosen.repeat_interleave(8, 0)[:in_features].T << bits)
+    return packed, levels.double()[places] * scales.double().repeat_interleave(group, 0)[:in_features].T
+
+
+BLOCKS = [("gemv", bits, 3, 16, True) for bits in range(1, 9) if bits < 6] + [("gemv", 7, 0, 32, True)]
+BLOCKS += [("gemv", 8, 0, 8, True), ("gemv", 4, 4, 8, False), ("gemv", 3, 4, 24, False), ("gemv", 2, 1, 99, True)]
+BLOCKS += [("dense", 2, 4, 8, True), ("dense", 3, 3, 24, True), ("dense", 4, 0, 16, True), ("dense", 6, 0, 40, True)]
+BLOCKS += [("gemv of rows", 3, 3, 8, True), ("gemv of rows", 4, 2, 64, False)]
+
+
+@pytest.mark.parametrize(("name", "bits", "selector_bits", "group", "in_bytes"), BLOCKS)
+def test_codebooks_and_bytes(name: str, bits: int, selector_bits: int, group: int, in_bytes: bool) -> None:
+    weight, dense = blocks_layer((45, 99), bits, selector_bits, group, in_bytes)
+    assert_product(weight, dense, 3 if name != "gemv" else 1, CONFIGS[name])
+
+
+@pytest.mark.parametrize("shape", [(33, 100), (1, 1), (70, 33), (24, 160)])
+def test_shapes_of_codebooks(shape: tuple[int, int]) -> None:
+    weight, dense = blocks_layer(shape, 4, 3, 64)
+    for name, config in CONFIGS.items():
+        assert_product(weight, dense, 5, replace(config, programs=3 if name == "gemv" else 1))
+
+
 @pytest.fixture
 def _on_the_cpu() -> object:
     """Let the operators run on the CPU, in the interpreter."""
     with torch.library._scoped_library("aptq", "IMPL") as library:
-        library.impl("triton_states_matmul", ops.triton_states_matmul, "CPU")
+        for name in ("triton_matmul", "triton_states_matmul", "triton_blocks_matmul"):
+            library.impl(name, getattr(ops, name), "CPU")
         yield
 
 
 @pytest.mark.usefixtures("_on_the_cpu")
 @pytest.mark.parametrize(
     ("format", "bits", "dtype"),
-    [(Trellis(), 2, torch.float32), (Trellis(state_bits=12, scale_dtype="bfloat16"), 4, torch.float16)],
+    [
+        (Trellis(group_size=20), 2, torch.float32),
+        (Trellis(state_bits=12, scale_dtype="bfloat16"), 4, torch.float16),
+        (BlockClustered(group_size=24), 3, torch.float32),
+        (BlockClustered(block_size=16, num_codebooks=16, codebooks="calibrated"), 2, torch.float16),
+        (BlockClustered(num_codebooks=1, scale_dtype="float16"), 4, torch.float32),
+        (BlockClustered(num_codebooks=2, scale_dtype="bfloat16"), 4, torch.float32),
+        (Float(code="fp", group_size=16, scale_dtype="e4m3"), 4, torch.float32),
+        (Float(code="fp", group_size=32, scale_dtype="e8m0"), 4, torch.float16),
+        (Integer(symmetric=True, scale_dtype="e4m3"), 5, torch.float32),
+    ],
 )
-def test_conformance(format: Trellis, bits: int, dtype: torch.dtype) -> None:
-    check_backend(Interpreted(), format=format, bits=(bits,), shapes=((5, 33),), group_sizes=(20,), dtypes=(dtype,))
+def test_conformance(format: Format, bits: int, dtype: torch.dtype) -> None:
+    check_backend(Interpreted(), format=format, bits=(bits,), shapes=((5, 70),), group_sizes=(), dtypes=(dtype,))
 
 
 @pytest.mark.usefixtures("_on_the_cpu")
 @pytest.mark.parametrize("leading", [(), (2, 1, 3), (0,)])
-def test_the_operator_of_states(leading: tuple[int, ...]) -> None:
-    weight, dense = states_layer((40, 64), 4, 10, 32)
+def test_the_operators(leading: tuple[int, ...]) -> None:
     x = torch.randn(*leading, 64)
-    arguments = (x, weight.qweight, weight.scales, weight.states, 32, "")
-    torch.library.opcheck(torch.ops.aptq.triton_states_matmul, arguments)
-    found = torch.ops.aptq.triton_states_matmul(*arguments)
-    torch.testing.assert_close(found.double(), x.double() @ dense.T, rtol=1e-4, atol=1e-4)
+    states, of_states = states_layer((40, 64), 4, 10, 32)
+    blocks, of_blocks = blocks_layer((40, 64), 3, 3, 16)
+    names = ("scale_values", "selectors", "levels")
+    for operator, weight, dense, more in (
+        (torch.ops.aptq.triton_states_matmul, states, of_states, (states.states, 32)),
+        (torch.ops.aptq.triton_blocks_matmul, blocks, of_blocks, (*(getattr(blocks, each) for each in names), 16)),
+    ):
+        arguments = (x, weight.qweight, weight.scales, *more, "")
+        torch.library.opcheck(operator, arguments)
+        torch.testing.assert_close(operator(*arguments).double(), x.double() @ dense.T, rtol=1e-4, atol=1e-4)
