@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import cast
@@ -12,15 +12,22 @@ from torch import Tensor
 
 from aptq import packing
 from aptq.api import Format, Option
-from aptq.probe import dequantized, levels_under_bytes
+from aptq.codebook_meaning import Blocks, Vectors, blocks_of, codebooks_of, vectors_of
+from aptq.probe import SCALES, dequantized, levels_under_bytes
 
-_SCALES = (1.0, 0.5, 2.0)  # of the three outputs that are tried; powers of two change no digit of a level
 _BELOW = (0.25, 1.0, 8.0)
 
-_MOST_INPUTS = 1024  # of a block
-
-Stored = tuple[tuple[int, ...], torch.dtype]
-"""Shape and dtype of a stored tensor."""
+__all__ = [
+    "MOST_STATE_BITS",
+    "Blocks",
+    "Integers",
+    "Levels",
+    "Meaning",
+    "States",
+    "Vectors",
+    "codebooks_of",
+    "meaning_of",
+]
 
 MOST_STATE_BITS = 12
 """Bits of the largest states that are recognized."""
@@ -57,26 +64,7 @@ class States:
         return len(self.values).bit_length() - 1
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Blocks:
-    """``w = codebook[selector][code] * scale``, with a selector for each run of inputs, and codebooks of the layer.
-
-    ``selectors`` are packed (``aptq.packing``) as codes ``[blocks, out]``, without them there is one codebook;
-    ``codebooks_of`` reads the codebooks. Where scales are stored as bytes, ``scale_values`` says what these stand for,
-    times ``scale_unit [1]`` where that is stored.
-    """
-
-    block_size: int  # inputs
-    count: int  # of codebooks, a power of two
-    scale_values: Tensor | None  # float32 [256]; None: scales are floats
-
-    @property
-    def selector_bits(self) -> int:
-        """Of a selector; 0: there are none."""
-        return self.count.bit_length() - 1
-
-
-Meaning = Integers | Levels | States | Blocks
+Meaning = Integers | Levels | States | Blocks | Vectors
 
 
 def meaning_of(format: Format, option: Option) -> Meaning | None:
@@ -100,10 +88,12 @@ def _remembered(format: Hashable, option: Option) -> Meaning | None:
 
 def _found(format: Format, option: Option) -> Meaning | None:
     count = 1 << option.bits
-    layout = format.packed_layout(option, (len(_SCALES), count))
+    layout = format.packed_layout(option, (len(SCALES), count))
     names = set(layout)
+    if "codebook" in names:
+        return vectors_of(format, option)
     if "codebooks" in names:
-        return _blocks_of(format, option, layout)
+        return blocks_of(format, option, layout)
     if layout.get("scales", (None, None))[1] == torch.uint8:
         return _levels_of_bytes(format, option, names)
     if names == {"qweight", "scales", "qzeros"}:
@@ -123,10 +113,10 @@ def _found(format: Format, option: Option) -> Meaning | None:
         return None
     levels = values[0] / (torch.where(values[0] < 0, _BELOW[0], 1.0) if two_sided else 1.0)
     if two_sided and not torch.equal(
-        values, levels * torch.where(levels < 0, torch.tensor(_BELOW)[:, None], torch.tensor(_SCALES)[:, None])
+        values, levels * torch.where(levels < 0, torch.tensor(_BELOW)[:, None], torch.tensor(SCALES)[:, None])
     ):
         return None
-    if not two_sided and not _agree(values, levels.expand(len(_SCALES), -1)):
+    if not two_sided and not _agree(values, levels.expand(len(SCALES), -1)):
         return _states_of(format, option)
     if not two_sided and torch.equal(levels, torch.arange(1 << option.bits) - float(1 << (option.bits - 1))):
         return Integers(stored_zeros=False)
@@ -137,7 +127,7 @@ def _found(format: Format, option: Option) -> Meaning | None:
 
 def _values(format: Format, option: Option, count: int, more: dict[str, Tensor]) -> Tensor | None:
     """Return what the first ``count`` codes stand for, ``[outputs, count]``; None where the format has not so many."""
-    return dequantized(format, option, torch.arange(count).expand(len(_SCALES), -1), torch.tensor(_SCALES), more)
+    return dequantized(format, option, torch.arange(count).expand(len(SCALES), -1), torch.tensor(SCALES), more)
 
 
 def _states_of(format: Format, option: Option) -> States | None:
@@ -151,7 +141,7 @@ def _states_of(format: Format, option: Option) -> States | None:
     last = torch.arange(count) >> (bits * torch.arange(length)[:, None].flip(0)) & ((1 << bits) - 1)
     first = torch.randint(0, 1 << bits, (2, count), generator=torch.Generator().manual_seed(0))
     codes = torch.cat([first, last])
-    scales = torch.tensor(_SCALES)[torch.arange(len(codes)) % len(_SCALES)]
+    scales = torch.tensor(SCALES)[torch.arange(len(codes)) % len(SCALES)]
     values = dequantized(format, option, codes, scales, {})
     if values is None:
         return None
@@ -182,77 +172,5 @@ def _levels_of_bytes(format: Format, option: Option, names: set[str]) -> Levels 
     return Levels(levels=table, two_sided=False, scale_values=found[1])
 
 
-def codebooks_of(meaning: Blocks, format: Format, option: Option, codebooks: Tensor) -> Tensor:
-    """Return the codebooks of a layer, float32 ``[count, 2^bits]``, from what is stored of them."""
-    entries = 1 << option.bits
-    selectors = torch.arange(meaning.count)[:, None].expand(-1, entries)
-    codes = torch.arange(entries)[:, None].expand(-1, meaning.count * meaning.block_size)
-    values = _of_blocks(
-        meaning, format, replace(option, group_size=-1), codes, selectors, _one(meaning, entries), codebooks.cpu()
-    )
-    assert values is not None  # it was asked the same when its meaning was found
-    return values[:, :: meaning.block_size].T.contiguous()
-
-
-def _one(meaning: Blocks, outputs: int) -> Tensor:
-    """Return scales of 1."""
-    if meaning.scale_values is None:
-        return torch.ones(outputs)
-    return (meaning.scale_values == 1).nonzero()[0].to(torch.uint8).expand(outputs)
-
-
-def _of_blocks(
-    meaning: Blocks, format: Format, option: Option, codes: Tensor, selectors: Tensor, scales: Tensor, codebooks: Tensor
-) -> Tensor | None:
-    more = {"codebooks": codebooks, "scale_unit": torch.ones(1)}
-    if meaning.count > 1:
-        more["selectors"] = packing.pack(selectors, meaning.selector_bits)
-    return dequantized(format, option, codes, scales, more)
-
-
-def _blocks_of(format: Format, option: Option, layout: Mapping[str, Stored]) -> Blocks | None:
-    """Return the blocks of a format that has codebooks, or None where values are not those of ``Blocks``."""
-    names, entries = set(layout), 1 << option.bits
-    if not {"qweight", "scales", "codebooks"} <= names <= {"qweight", "scales", "scale_unit", "selectors", "codebooks"}:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    shape, dtype = layout["codebooks"]
-    if dtype != torch.int32:
-        return None
-    codebooks = torch.randint(-(1 << 31), 1 << 31, shape, generator=generator).to(dtype)
-    size, count = _size_of_blocks(format, option) if "selectors" in names else (_MOST_INPUTS, 1)
-    if not size:
-        return None
-    meaning, scales = Blocks(block_size=size, count=count, scale_values=None), torch.tensor(_SCALES)
-    if layout["scales"][1] == torch.uint8:
-        more = {"codebooks": codebooks, "scale_unit": torch.ones(1)}
-        if count > 1:
-            more["selectors"] = packing.pack(torch.zeros(1, 256, dtype=torch.int64), meaning.selector_bits)
-        bytes_of = levels_under_bytes(format, option, torch.arange(min(entries, size)), more)
-        if bytes_of is None:
-            return None
-        meaning = replace(meaning, scale_values=bytes_of[1])
-        scales = (_one(meaning, 3).int() + torch.tensor([0, -7, 5])).to(torch.uint8)
-        factors = bytes_of[1][scales.long()]
-    else:
-        factors = scales
-    table = codebooks_of(meaning, format, option, codebooks)
-    codes = torch.randint(0, entries, (3, 5 * size + size // 2), generator=generator)
-    selectors = torch.randint(0, count, (-(-codes.shape[1] // size), 3), generator=generator)
-    values = _of_blocks(meaning, format, option, codes, selectors, scales, codebooks)
-    chosen = selectors.T.repeat_interleave(size, 1)[:, : codes.shape[1]]
-    same = values is not None and torch.equal(values, table[chosen, codes] * factors[:, None])
-    return meaning if same else None
-
-
-def _size_of_blocks(format: Format, option: Option) -> tuple[int, int]:
-    """Return the inputs of a block and the number of codebooks, by the shape of the selectors; (0, 0): not found."""
-    for width in range(1, _MOST_INPUTS + 1):
-        (_, bits, blocks), dtype = format.packed_layout(option, (1, width + 1))["selectors"]
-        if blocks == 2:
-            return (width, 1 << bits) if dtype == torch.int32 else (0, 0)
-    return 0, 0
-
-
 def _agree(values: Tensor | None, levels: Tensor) -> bool:
-    return values is not None and torch.equal(values, levels * torch.tensor(_SCALES)[:, None])
+    return values is not None and torch.equal(values, levels * torch.tensor(SCALES)[:, None])

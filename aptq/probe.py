@@ -10,6 +10,9 @@ from torch import Tensor
 from aptq import packing
 from aptq.api import Format, Option
 
+SCALES = (1.0, 0.5, 2.0)
+"""Of the three outputs that are tried; powers of two change no digit of a level."""
+
 
 def dequantized(
     format: Format, option: Option, codes: Tensor, scales: Tensor, more: dict[str, Tensor]

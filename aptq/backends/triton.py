@@ -16,10 +16,11 @@ from aptq import packing
 from aptq.api import AptqError, LayerSpec
 from aptq.backends.planar import FLOATS, refuses_dtype, unreadable
 from aptq.kernels.triton import read_table
-from aptq.meaning import Blocks, Levels, States, codebooks_of, meaning_of
+from aptq.meaning import Blocks, Levels, States, Vectors, codebooks_of, meaning_of
 
 _CAPABILITY = (8, 0)  # the oldest that the kernels are compiled and counted for
 _MOST_CODEBOOKS = 16
+_VECTORS = ("indices", "codebook", "residual_indices", "residual_codebook", "row_scales", "column_scales")
 _MOST_WORDS = 1 << 31  # that the kernels' 32-bit addresses reach
 
 
@@ -64,6 +65,8 @@ class Triton:
         words = math.prod(packing.packed_shape(spec.out_features, spec.in_features, spec.option.bits))
         if words >= _MOST_WORDS:
             return f"it reads weights of less than {_MOST_WORDS} words, not of {words}"
+        if isinstance(meaning := meaning_of(spec.format, spec.option), Vectors):
+            return _refuses_vectors(spec, meaning)
         return unreadable(spec, states=True, blocks=True) or _refuses_meaning(spec)
 
     def prepack(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
@@ -71,7 +74,10 @@ class Triton:
 
         Selectors of codebooks become four bits for each 8 inputs, int16 ``[ceil(in / 32), out]``.
         """
-        meaning, device = meaning_of(spec.format, spec.option), tensors["qweight"].device
+        meaning = meaning_of(spec.format, spec.option)
+        if isinstance(meaning, Vectors):
+            return dict(tensors)
+        device = tensors["qweight"].device
         prepacked = {name: tensors[name] for name in ("qweight", "scales", "scales_below") if name in tensors}
         if "qzeros" in tensors:
             zeros = packing.unpack(tensors["qzeros"], spec.option.bits, spec.out_features)
@@ -95,6 +101,9 @@ class Triton:
         size, table = spec.option.group_size, self.tuning or ""
         group = spec.in_features if size == -1 else size
         y: Tensor
+        if "codebook" in tensors:
+            y = torch.ops.aptq.triton_vectors_matmul(x, *map(tensors.get, _VECTORS), spec.out_features, group, table)
+            return y
         if "states" in tensors:
             packed = tensors["qweight"], tensors["scales"], tensors["states"]
             y = torch.ops.aptq.triton_states_matmul(x, *packed, group, table)
@@ -130,6 +139,21 @@ def _refuses_meaning(spec: LayerSpec) -> str | None:
     in_spans = isinstance(meaning, Blocks) or (isinstance(meaning, Levels) and meaning.scale_values is not None)
     if in_spans and size % 8 and -1 < size < spec.in_features:
         return f"it reads codebooks, and scales stored as bytes, in groups of a multiple of 8 inputs, not of {size}"
+    return None
+
+
+def _refuses_vectors(spec: LayerSpec, meaning: Vectors) -> str | None:
+    """Say what of a layer of vectors the kernels cannot read."""
+    layout = spec.format.packed_layout(spec.option, (spec.out_features, spec.in_features))
+    for name, (shape, dtype) in layout.items():
+        if name not in _VECTORS or dtype not in (*FLOATS, torch.int32):
+            return f"it cannot read {name} of format {spec.format_name}, {dtype} of shape {tuple(shape)}"
+    if meaning.index_bits > 8 or meaning.residual_bits not in (0, meaning.index_bits):
+        found = f"{meaning.index_bits} and {meaning.residual_bits} bits"
+        return f"it reads indices of at most 8 bits, and residual ones of as many, not of {found}"
+    size = meaning.length * layout["codebook"][1].itemsize
+    if size not in (4, 8, 16, 32) or meaning.length < 2:
+        return f"it reads vectors of 4, 8, 16 or 32 bytes, not {meaning.length} numbers of {size} bytes"
     return None
 
 

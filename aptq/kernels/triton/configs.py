@@ -76,6 +76,9 @@ MOST_ROWS = 64
 SHIPPED = (*ONE_ROW, *TWO_ROWS, *FOUR_ROWS, *DOTS.values(), DENSE)
 LOOKED_UP = {rows: Config(kernel="gemv", rows=rows) for rows in (1, 2, 4)}
 """By rows of a program, for values that are looked up in large tables: 32 of them at a time for each thread."""
+VECTORS = {rows: Config(kernel="gemv", rows=rows, columns=256) for rows in (1, 2, 4)}
+"""By rows of a program, for vectors of neighbouring outputs: of 8, a thread has one."""
+DENSE_VECTORS = Config(kernel="dense", units=4, columns=256)
 MOST_LOOKED_UP = 8
 """Rows that are multiplied by such values as they are looked up."""
 
@@ -89,11 +92,12 @@ def rule_of_thumb(case: Case, processors: int) -> Config:
     instructions and registers (``benchmarks/results/kernels_compiled.md``), not from times.
     """
     if case.kind:
+        of_vectors = case.kind == "vectors"
         if case.rows > MOST_LOOKED_UP:
-            return DENSE
+            return DENSE_VECTORS if of_vectors else DENSE
         if case.kind == "blocks" and case.rows == 1:
             return _enough(case, ONE_ROW, processors)
-        return LOOKED_UP[min(4, 1 << (case.rows - 1).bit_length())]
+        return (VECTORS if of_vectors else LOOKED_UP)[min(4, 1 << (case.rows - 1).bit_length())]
     by_dot = case.dtype != torch.float32 and case.whole_units
     if case.rows > (MOST_ROWS if by_dot else 8):
         return DENSE

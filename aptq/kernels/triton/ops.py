@@ -7,13 +7,14 @@ when one is first called.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from aptq.kernels.operators import define_product
 from aptq.kernels.triton.configs import UNIT, Case, choose
-from aptq.kernels.triton.weight import PackedWeight
+from aptq.kernels.triton.weight import PackedWeight, VectorWeight
 
 
 def triton_matmul(
@@ -79,7 +80,38 @@ def triton_blocks_matmul(
     return _product(x, weight, table)
 
 
-def _product(x: Tensor, weight: PackedWeight, table: str) -> Tensor:
+def triton_vectors_matmul(
+    x: Tensor,
+    indices: Tensor,
+    codebook: Tensor,
+    residual_indices: Tensor | None,
+    residual_codebook: Tensor | None,
+    row_scales: Tensor | None,
+    column_scales: Tensor | None,
+    out_features: int,
+    group: int,
+    table: str,
+) -> Tensor:
+    """Return what ``triton_matmul`` does for a weight of vectors (``VectorWeight``)."""
+    weight = VectorWeight(
+        indices=indices,
+        codebook=codebook,
+        residual_indices=residual_indices,
+        residual_codebook=residual_codebook,
+        row_scales=row_scales,
+        column_scales=column_scales,
+        out_features=out_features,
+        in_features=x.shape[-1],
+        group=group,
+    )
+    return _product(x, weight, table)
+
+
+def _fake_of_vectors(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rest[-3])
+
+
+def _product(x: Tensor, weight: PackedWeight | VectorWeight, table: str) -> Tensor:
     from aptq.kernels.triton.launch import multiply
 
     in_features = weight.in_features
@@ -117,4 +149,13 @@ define_product(
     "Tensor? scale_values, Tensor? selectors, Tensor levels, int group, str table",
     triton_blocks_matmul,
     "CUDA",
+)
+define_product(
+    "triton_vectors_matmul",
+    "Tensor? residual_indices, Tensor? residual_codebook, Tensor? row_scales, Tensor? column_scales, "
+    "int out_features, int group, str table",
+    triton_vectors_matmul,
+    "CUDA",
+    weight="Tensor indices, Tensor codebook",
+    fake=_fake_of_vectors,
 )

@@ -40,6 +40,39 @@ class PackedWeight:
         return self.qweight.shape[1]
 
     @property
+    def units(self) -> int:
+        """Of 32 inputs."""
+        return self.qweight.shape[0]
+
+    @property
     def out_features(self) -> int:
         """Width of the output."""
         return self.scales.shape[1]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class VectorWeight:
+    """A weight ``[out, in]`` of vectors from codebooks; every tensor is contiguous and on one device."""
+
+    indices: Tensor  # int32 [ceil(in / 32), bits, ceil(out / length)]
+    codebook: Tensor  # [groups, centroids, length], of any floating dtype
+    residual_indices: Tensor | None = None  # like the indices
+    residual_codebook: Tensor | None = None  # [groups, centroids, length]: what is added
+    row_scales: Tensor | None = None  # [ceil(out / length)]
+    column_scales: Tensor | None = None  # [in]
+    out_features: int
+    in_features: int
+    group: int  # inputs that share codebooks; as many as there are, or more: all
+
+    kind = "vectors"
+    levels = None
+
+    @property
+    def bits(self) -> int:
+        """Of an index."""
+        return self.indices.shape[1]
+
+    @property
+    def units(self) -> int:
+        """Of 32 inputs."""
+        return self.indices.shape[0]
