@@ -23,15 +23,20 @@ import triton
 
 import aptq.kernels.triton
 from aptq.kernels.triton.compiled import KERNELS, compile_config, kernel_name
-from aptq.kernels.triton.configs import DENSE, LOOKED_UP, ONE_ROW, SHIPPED, Config
+from aptq.kernels.triton.configs import DENSE, DENSE_VECTORS, LOOKED_UP, ONE_ROW, SHIPPED, VECTORS, Config
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CODES = [(bits, meaning) for meaning in ("zeros", "symmetric") for bits in (2, 3, 4, 8)]
 CODES += [(bits, meaning) for meaning in ("levels", "two-sided") for bits in (2, 3, 4)]
 STATES = [(2, "states of 10"), (3, "states of 10"), (4, "states of 10"), (2, "states of 12")]
 BLOCKS = [(2, "codebooks"), (4, "codebooks"), (4, "levels in 16")]
-CASES = [(SHIPPED, CODES), ((*LOOKED_UP.values(), DENSE), STATES)]
-CASES += [((*ONE_ROW, LOOKED_UP[2], LOOKED_UP[4], DENSE), BLOCKS)]
+OF_VECTORS = [(8, "vectors of 8"), (6, "residual vectors of 4")]
+CASES = [
+    (SHIPPED, CODES),
+    ((*LOOKED_UP.values(), DENSE), STATES),
+    ((*ONE_ROW, LOOKED_UP[2], LOOKED_UP[4], DENSE), BLOCKS),
+    ((*VECTORS.values(), DENSE_VECTORS), OF_VECTORS),
+]
 
 
 def main() -> None:
@@ -122,7 +127,8 @@ def page(record: Mapping[str, Any]) -> str:
         "run, and these are no times. Activations are bfloat16, groups 128 inputs, outputs and inputs multiples of the",
         "tiles. For each compute capability: registers of a thread, instructions for a weight in the loop over the",
         "inputs (of `dense`, in all), loads of 128 bits for each four 32-bit words of codes (1.00 and more: all are so",
-        "wide; scales and, in `dot`, activations may be as well). Tiles are units of 32 inputs x outputs.",
+        "wide; scales and, in `dot`, activations may be as well). Tiles are units of 32 inputs x outputs. Groups of",
+        "`codebooks`, of which there are 8, are 64 inputs; rows of codebooks of vectors are read 64 bits wide.",
         "",
         "| kernel | rows | tile | warps | bits | codes | "
         + " | ".join(f"{value / 10:.1f}: registers | instructions | wide" for value in capabilities)

@@ -144,7 +144,7 @@ def vectors_gemv(
         unit = (first + tl.arange(0, UNITS))[None, :, None]
         keep = (vector < vectors) & ((unit < end) | EVEN)
         keep_x = (m < rows)[:, None, None] & ((unit < end) | EVEN)
-        group = unit * 0 if GROUP == 0 else unit * 32 // GROUP
+        group = unit * 0 if GROUP == 0 else tl.minimum(unit * 32, K - 1) // GROUP
         for w in tl.static_range(WIDTH):
             word = field_word(words + unit * (BITS * vectors) + vector, vectors, keep, w, BITS, PRIMARY)
             more = word

@@ -17,14 +17,23 @@ from aptq.formats.float import Float
 from aptq.formats.integer import Integer
 from aptq.formats.trellis import Trellis
 from aptq.formats.trellis_code import states_of
+from aptq.formats.vector import Vector
 from aptq.kernels.triton import launch, ops
 from aptq.kernels.triton.configs import Config
-from aptq.kernels.triton.weight import PackedWeight
+from aptq.kernels.triton.weight import PackedWeight, VectorWeight
 from aptq.testing import check_backend
 from tests.kernels.triton.interpreted import Interpreted, _poison, assert_product
 
 __all__ = ["_poison"]  # a fixture of every test
 
+VECTOR_TENSORS = (
+    "indices",
+    "codebook",
+    "residual_indices",
+    "residual_codebook",
+    "row_scales",
+    "column_scales",
+)
 CONFIGS = {
     "gemv": Config(kernel="gemv", units=2, columns=32),
     "gemv of rows": Config(kernel="gemv", rows=4, units=4, columns=64),
@@ -148,11 +157,62 @@ def test_shapes_of_codebooks(shape: tuple[int, int]) -> None:
         assert_product(weight, dense, 5, replace(config, programs=3 if name == "gemv" else 1))
 
 
+def vectors_layer(
+    shape: tuple[int, int],
+    bits: int,
+    length: int,
+    group: int,
+    residual: bool,
+    scaled: bool,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+) -> tuple[VectorWeight, Tensor]:
+    """Return a weight of random vectors, and what it stands for in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    out_features, in_features = shape
+    vectors, groups = -(-out_features // length), -(-in_features // group)
+    dense, tensors = torch.zeros(vectors, in_features, length, dtype=torch.float64), {}
+    for name, book in (("indices", "codebook"), ("residual_indices", "residual_codebook"))[: 1 + residual]:
+        codes = torch.randint(0, 1 << bits, (vectors, in_features), generator=generator)
+        tensors[book] = torch.randn(groups, 1 << bits, length, generator=generator).to(dtype)
+        tensors[name] = packing.pack(codes, bits)
+        dense += tensors[book].double()[torch.arange(in_features) // group, codes]
+    if scaled:
+        tensors["row_scales"] = (torch.rand(vectors, generator=generator) + 0.1).to(dtype)
+        tensors["column_scales"] = (torch.rand(in_features, generator=generator) + 0.1).to(dtype)
+        dense *= tensors["row_scales"].double()[:, None, None] * tensors["column_scales"].double()[:, None]
+    weight = VectorWeight(**tensors, out_features=out_features, in_features=in_features, group=group)
+    return weight, dense.transpose(1, 2).flatten(0, 1)[:out_features]
+
+
+VECTORS = [("gemv", 8, 8, 77, False, True, torch.float16), ("gemv", 6, 4, 32, True, True, torch.bfloat16)]
+VECTORS += [("gemv", 3, 2, 20, True, False, torch.float16), ("gemv", 5, 2, 77, False, True, torch.float32)]
+VECTORS += [("gemv", 4, 16, 77, False, True, torch.float16), ("gemv", 7, 8, 48, False, False, torch.float32)]
+VECTORS += [("gemv of rows", 2, 4, 64, True, True, torch.float16), ("dense", 8, 8, 48, False, True, torch.float16)]
+VECTORS += [("dense", 6, 4, 77, True, True, torch.bfloat16), ("dense", 1, 2, 20, True, False, torch.float32)]
+
+
+@pytest.mark.parametrize(("name", "bits", "length", "group", "residual", "scaled", "dtype"), VECTORS)
+def test_vectors(
+    name: str, bits: int, length: int, group: int, residual: bool, scaled: bool, dtype: torch.dtype
+) -> None:
+    weight, dense = vectors_layer((45, 77), bits, length, group, residual, scaled, dtype)  # tails of all dimensions
+    assert_product(weight, dense, 3 if name != "gemv" else 1, CONFIGS[name])
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (1, 1), (70, 33)])
+def test_shapes_of_vectors(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_STRIP", 64 * shape[1])
+    weight, dense = vectors_layer(shape, 4, 8, 32, False, True)
+    for name, config in CONFIGS.items():
+        assert_product(weight, dense, 5, replace(config, programs=3 if name == "gemv" else 1))
+
+
 @pytest.fixture
 def _on_the_cpu() -> object:
     """Let the operators run on the CPU, in the interpreter."""
     with torch.library._scoped_library("aptq", "IMPL") as library:
-        for name in ("triton_matmul", "triton_states_matmul", "triton_blocks_matmul"):
+        for name in ("triton_matmul", "triton_states_matmul", "triton_blocks_matmul", "triton_vectors_matmul"):
             library.impl(name, getattr(ops, name), "CPU")
         yield
 
@@ -170,6 +230,8 @@ def _on_the_cpu() -> object:
         (Float(code="fp", group_size=16, scale_dtype="e4m3"), 4, torch.float32),
         (Float(code="fp", group_size=32, scale_dtype="e8m0"), 4, torch.float16),
         (Integer(symmetric=True, scale_dtype="e4m3"), 5, torch.float32),
+        (Vector(bits_2="v8-k32"), 2, torch.float32),
+        (Vector(bits_3="v4-k16-16", group_size=20, normalize="none"), 3, torch.float16),
     ],
 )
 def test_conformance(format: Format, bits: int, dtype: torch.dtype) -> None:
@@ -190,3 +252,8 @@ def test_the_operators(leading: tuple[int, ...]) -> None:
         arguments = (x, weight.qweight, weight.scales, *more, "")
         torch.library.opcheck(operator, arguments)
         torch.testing.assert_close(operator(*arguments).double(), x.double() @ dense.T, rtol=1e-4, atol=1e-4)
+    vectors, of_vectors = vectors_layer((40, 64), 4, 4, 32, True, True)
+    arguments = (x, *(getattr(vectors, each) for each in VECTOR_TENSORS), 40, 32, "")
+    torch.library.opcheck(torch.ops.aptq.triton_vectors_matmul, arguments)
+    found = torch.ops.aptq.triton_vectors_matmul(*arguments)
+    torch.testing.assert_close(found.double(), x.double() @ of_vectors.T, rtol=1e-4, atol=1e-4)
