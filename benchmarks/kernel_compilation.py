@@ -46,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     record = _open(options.results)
     done = {_key(row) for row in record["rows"]}
-    for config, bits, meaning, capability in _cases(options.capabilities):
+    for config, bits, meaning, capability in cases(options.capabilities):
         case = {"config": asdict(config), "bits": bits, "meaning": meaning, "capability": capability}
         if _key(case) in done:
             continue
@@ -68,7 +68,8 @@ def main() -> None:
     options.results.with_suffix(".md").write_text(page(record), encoding="utf-8")
 
 
-def _cases(capabilities: list[int]) -> Iterator[tuple[Config, int, str, int]]:
+def cases(capabilities: list[int]) -> Iterator[tuple[Config, int, str, int]]:
+    """Yield what is compiled: tiles, bits, meaning and capability."""
     for capability in sorted(capabilities, key=lambda each: (each != 90, each)):
         for configs, codes in CASES:
             for config, (bits, meaning) in product(configs, codes):
