@@ -257,3 +257,21 @@ def test_the_operators(leading: tuple[int, ...]) -> None:
     torch.library.opcheck(torch.ops.aptq.triton_vectors_matmul, arguments)
     found = torch.ops.aptq.triton_vectors_matmul(*arguments)
     torch.testing.assert_close(found.double(), x.double() @ of_vectors.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("_on_the_cpu")
+def test_compiled_graphs_do_not_break_at_the_operators() -> None:
+    x = torch.randn(2, 64)
+    states, _ = states_layer((40, 64), 4, 10, 32)
+    blocks, _ = blocks_layer((64, 40), 3, 3, 16)
+    vectors, _ = vectors_layer((24, 64), 4, 4, 64, False, True)
+
+    def layers(x: Tensor) -> Tensor:
+        x = torch.ops.aptq.triton_states_matmul(x, states.qweight, states.scales, states.states, 32, "")
+        found = (blocks.scale_values, blocks.selectors, blocks.levels)
+        x = torch.ops.aptq.triton_blocks_matmul(x * 0.1, blocks.qweight, blocks.scales, *found, 16, "")
+        tensors = (getattr(vectors, name) for name in VECTOR_TENSORS)
+        return torch.ops.aptq.triton_vectors_matmul(x * 0.1, *tensors, 24, 64, "")
+
+    compiled = torch.compile(layers, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layers(x))
