@@ -90,7 +90,7 @@ def blocks_of(format: Format, option: Option, layout: Mapping[str, _Stored]) -> 
     if dtype != torch.int32:
         return None
     codebooks = torch.randint(-(1 << 31), 1 << 31, shape, generator=generator).to(dtype)
-    size, count = _size_values_of_blocks(format, option) if "selectors" in names else (_MOST_INPUTS, 1)
+    size, count = _size_of_blocks(format, option) if "selectors" in names else (_MOST_INPUTS, 1)
     if not size:
         return None
     meaning, scales = Blocks(block_size=size, count=count, scale_values=None), torch.tensor(SCALES)
@@ -115,7 +115,7 @@ def blocks_of(format: Format, option: Option, layout: Mapping[str, _Stored]) -> 
     return meaning if same else None
 
 
-def _size_values_of_blocks(format: Format, option: Option) -> tuple[int, int]:
+def _size_of_blocks(format: Format, option: Option) -> tuple[int, int]:
     """Return the inputs of a block and the number of codebooks, by the shape of the selectors; (0, 0): not found."""
     for width in range(1, _MOST_INPUTS + 1):
         (_, bits, blocks), dtype = format.packed_layout(option, (1, width + 1))["selectors"]

@@ -46,7 +46,6 @@ def unreadable(
     if bits > 8:
         return f"it reads codes of at most 8 bits, not {bits}"
     layout = spec.format.packed_layout(spec.option, shape)
-    meaning = meaning_of(spec.format, spec.option)
     if blocks:
         scale_dtypes = (*scale_dtypes, torch.uint8)
     scales = (spec.option.num_groups(spec.in_features), spec.out_features)
@@ -58,7 +57,7 @@ def unreadable(
     }
     if blocks:
         expected["scale_unit"] = {((1,), torch.float32)}
-    if blocks and isinstance(meaning, Blocks):
+    if blocks and isinstance(meaning := meaning_of(spec.format, spec.option), Blocks):
         count = -(-spec.in_features // meaning.block_size)
         selectors = packing.packed_shape(count, spec.out_features, meaning.selector_bits)
         expected |= {"selectors": {(selectors, torch.int32)}, "codebooks": {layout["codebooks"]}}
@@ -67,6 +66,7 @@ def unreadable(
             return f"it cannot read {name} of format {spec.format_name}, {stored[1]} of shape {tuple(stored[0])}"
     if len({layout[name][1] for name in layout if name.startswith("scales")}) > 1:
         return f"it cannot read the scales of format {spec.format_name}, which have several dtypes"
-    if not isinstance(meaning, (Integers, Levels, *([States] if states else []), *([Blocks] if blocks else []))):
+    known = (Integers, Levels, *([States] if states else []), *([Blocks] if blocks else []))
+    if not isinstance(meaning_of(spec.format, spec.option), known):
         return f"it cannot read the codes of format {spec.format_name}: neither integers nor levels times a scale"
     return None

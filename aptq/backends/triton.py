@@ -65,7 +65,7 @@ class Triton:
         words = math.prod(packing.packed_shape(spec.out_features, spec.in_features, spec.option.bits))
         if words >= _MOST_WORDS:
             return f"it reads weights of less than {_MOST_WORDS} words, not of {words}"
-        if isinstance(meaning := meaning_of(spec.format, spec.option), Vectors):
+        if spec.option.bits <= 8 and isinstance(meaning := meaning_of(spec.format, spec.option), Vectors):
             return _refuses_vectors(spec, meaning)
         return unreadable(spec, states=True, blocks=True) or _refuses_meaning(spec)
 
@@ -136,7 +136,8 @@ def _refuses_meaning(spec: LayerSpec) -> str | None:
         if meaning.count > _MOST_CODEBOOKS or bits > 4:
             allowed = f"at most {_MOST_CODEBOOKS} codebooks of codes of at most 4 bits"
             return f"it reads {allowed}, not {meaning.count} of {bits}"
-    in_spans = isinstance(meaning, Blocks) or (isinstance(meaning, Levels) and meaning.scale_values is not None)
+    in_bytes = isinstance(meaning, Levels | Blocks) and meaning.scale_values is not None
+    in_spans = in_bytes or (isinstance(meaning, Blocks) and meaning.count > 1)
     if in_spans and size % 8 and -1 < size < spec.in_features:
         return f"it reads codebooks, and scales stored as bytes, in groups of a multiple of 8 inputs, not of {size}"
     return None
