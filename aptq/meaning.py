@@ -12,9 +12,22 @@ from torch import Tensor
 
 from aptq import packing
 from aptq.api import Format, Option
+from aptq.codebook_meaning import Blocks, Vectors, blocks_of, codebooks_of, vectors_of
+from aptq.probe import SCALES, dequantized, levels_under_bytes
 
-_SCALES = (1.0, 0.5, 2.0)  # of the three outputs that are tried; powers of two change no digit of a level
 _BELOW = (0.25, 1.0, 8.0)
+
+__all__ = [
+    "MOST_STATE_BITS",
+    "Blocks",
+    "Integers",
+    "Levels",
+    "Meaning",
+    "States",
+    "Vectors",
+    "codebooks_of",
+    "meaning_of",
+]
 
 MOST_STATE_BITS = 12
 """Bits of the largest states that are recognized."""
@@ -33,6 +46,7 @@ class Levels:
 
     levels: Tensor  # float32 [2^bits]; 0 for codes that the format has not
     two_sided: bool
+    scale_values: Tensor | None = None  # float32 [256]: see ``Blocks``; None: scales are floats
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -50,7 +64,10 @@ class States:
         return len(self.values).bit_length() - 1
 
 
-def meaning_of(format: Format, option: Option) -> Integers | Levels | States | None:
+Meaning = Integers | Levels | States | Blocks | Vectors
+
+
+def meaning_of(format: Format, option: Option) -> Meaning | None:
     """Return what codes of a width mean in a format, or None when it is none of these.
 
     The format is given three outputs with every code in turn, scales that differ, and zeros that differ; and then, for
@@ -65,16 +82,20 @@ def meaning_of(format: Format, option: Option) -> Integers | Levels | States | N
 
 
 @lru_cache(maxsize=64)
-def _remembered(format: Hashable, option: Option) -> Integers | Levels | States | None:
+def _remembered(format: Hashable, option: Option) -> Meaning | None:
     return _found(cast("Format", format), option)
 
 
-def _found(format: Format, option: Option) -> Integers | Levels | States | None:
+def _found(format: Format, option: Option) -> Meaning | None:
     count = 1 << option.bits
-    layout = format.packed_layout(option, (len(_SCALES), count))
+    layout = format.packed_layout(option, (len(SCALES), count))
     names = set(layout)
-    if not all(dtype.is_floating_point for name, (_, dtype) in layout.items() if name.startswith("scales")):
-        return None  # they are stored as something that stands for them
+    if "codebook" in names:
+        return vectors_of(format, option)
+    if "codebooks" in names:
+        return blocks_of(format, option, layout)
+    if layout.get("scales", (None, None))[1] == torch.uint8:
+        return _levels_of_bytes(format, option, names)
     if names == {"qweight", "scales", "qzeros"}:
         zeros = torch.tensor([0, count // 2, count - 1])
         values = _values(format, option, count, {"qzeros": packing.pack(zeros[None], option.bits)})
@@ -92,10 +113,10 @@ def _found(format: Format, option: Option) -> Integers | Levels | States | None:
         return None
     levels = values[0] / (torch.where(values[0] < 0, _BELOW[0], 1.0) if two_sided else 1.0)
     if two_sided and not torch.equal(
-        values, levels * torch.where(levels < 0, torch.tensor(_BELOW)[:, None], torch.tensor(_SCALES)[:, None])
+        values, levels * torch.where(levels < 0, torch.tensor(_BELOW)[:, None], torch.tensor(SCALES)[:, None])
     ):
         return None
-    if not two_sided and not _agree(values, levels.expand(len(_SCALES), -1)):
+    if not two_sided and not _agree(values, levels.expand(len(SCALES), -1)):
         return _states_of(format, option)
     if not two_sided and torch.equal(levels, torch.arange(1 << option.bits) - float(1 << (option.bits - 1))):
         return Integers(stored_zeros=False)
@@ -106,18 +127,7 @@ def _found(format: Format, option: Option) -> Integers | Levels | States | None:
 
 def _values(format: Format, option: Option, count: int, more: dict[str, Tensor]) -> Tensor | None:
     """Return what the first ``count`` codes stand for, ``[outputs, count]``; None where the format has not so many."""
-    return _dequantized(format, option, torch.arange(count).expand(len(_SCALES), -1), torch.tensor(_SCALES), more)
-
-
-def _dequantized(
-    format: Format, option: Option, codes: Tensor, scales: Tensor, more: dict[str, Tensor]
-) -> Tensor | None:
-    """Return what codes ``[outputs, inputs]`` stand for; None where the format has not all of them."""
-    tensors = {"qweight": packing.pack(codes, option.bits), "scales": scales[None], **more}
-    try:
-        return format.dequantize(format.unpack(tensors, option, (codes.shape[0], codes.shape[1])), option).contiguous()
-    except (IndexError, KeyError):
-        return None
+    return dequantized(format, option, torch.arange(count).expand(len(SCALES), -1), torch.tensor(SCALES), more)
 
 
 def _states_of(format: Format, option: Option) -> States | None:
@@ -131,8 +141,8 @@ def _states_of(format: Format, option: Option) -> States | None:
     last = torch.arange(count) >> (bits * torch.arange(length)[:, None].flip(0)) & ((1 << bits) - 1)
     first = torch.randint(0, 1 << bits, (2, count), generator=torch.Generator().manual_seed(0))
     codes = torch.cat([first, last])
-    scales = torch.tensor(_SCALES)[torch.arange(len(codes)) % len(_SCALES)]
-    values = _dequantized(format, option, codes, scales, {})
+    scales = torch.tensor(SCALES)[torch.arange(len(codes)) % len(SCALES)]
+    values = dequantized(format, option, codes, scales, {})
     if values is None:
         return None
     states = torch.zeros_like(codes)
@@ -147,5 +157,20 @@ def _states_of(format: Format, option: Option) -> States | None:
     return States(values=table.clone())
 
 
+def _levels_of_bytes(format: Format, option: Option, names: set[str]) -> Levels | None:
+    """Return the levels of codes whose scales are bytes: those under a byte that then stands for 1."""
+    if not {"qweight", "scales"} <= names <= {"qweight", "scales", "scale_unit"}:
+        return None
+    count, found = 1 << option.bits, None
+    while found is None and count > 1:  # a format may have fewer levels than codes
+        found = levels_under_bytes(format, option, torch.arange(count), {"scale_unit": torch.ones(1)})
+        count -= found is None
+    if found is None:
+        return None
+    table = torch.zeros(1 << option.bits)
+    table[:count] = found[0]
+    return Levels(levels=table, two_sided=False, scale_values=found[1])
+
+
 def _agree(values: Tensor | None, levels: Tensor) -> bool:
-    return values is not None and torch.equal(values, levels * torch.tensor(_SCALES)[:, None])
+    return values is not None and torch.equal(values, levels * torch.tensor(SCALES)[:, None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -21,13 +22,23 @@ def packed_tensors(format: Format, option: Option, shape: tuple[int, int], devic
     Codes are any bits, so that only formats of which every code means something are served.
     """
     generator = torch.Generator(device).manual_seed(0)
+    layout, size_of_weights = format.packed_layout(option, shape), shape[1] ** -0.5
     tensors = {}
-    for name, (size, dtype) in format.packed_layout(option, shape).items():
+    for name, (size, dtype) in layout.items():
         tensor = torch.empty(size, dtype=dtype, device=device)
         if dtype == torch.int32:
             tensor.random_(-(2**31), 2**31 - 1, generator=generator)
+        elif dtype == torch.uint8 and "scale_unit" in layout:  # 176 to 240 in e4m3
+            tensor.random_(115, 120, generator=generator)
+        elif dtype == torch.uint8:  # exponents of two
+            middle = 127 + round(math.log2(size_of_weights))
+            tensor.random_(middle - 1, middle + 2, generator=generator)
+        elif name == "scale_unit":
+            tensor.fill_(size_of_weights / 200)
         else:
-            tensor.uniform_(0.5, 1.5, generator=generator).div_(shape[1] ** 0.5)
+            tensor.uniform_(0.5, 1.5, generator=generator)
+            if name not in ("row_scales", "column_scales"):  # what these scale has the size of weights already
+                tensor.mul_(size_of_weights)
         tensors[name] = tensor
     return tensors
 

@@ -5,13 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from aptq.kernels.triton.configs import DENSE, DOTS, FOUR_ROWS, MOST_ROWS, ONE_ROW, TWO_ROWS, Case, Config
+from aptq.kernels.triton.configs import (
+    DENSE,
+    DENSE_VECTORS,
+    DOTS,
+    FOUR_ROWS,
+    LOOKED_UP,
+    MOST_ROWS,
+    ONE_ROW,
+    TWO_ROWS,
+    VECTORS,
+    Case,
+    Config,
+)
 
 LARGE = Config(kernel="gemv", units=8, columns=256, programs=3)
 
 
 def candidates(case: Case) -> Iterator[Config]:
     """Yield configs for a case; which of them is best is to be measured."""
+    if case.kind:
+        yield from _looked_up(case)
+        return
     if case.rows == 1:
         shipped: tuple[Config, ...] = (*ONE_ROW, LARGE)
     elif case.rows <= 4:
@@ -30,4 +45,16 @@ def candidates(case: Case) -> Iterator[Config]:
             yield config
             continue
         for programs in {config.programs // 2, config.programs, 2 * config.programs}:
+            yield replace(config, programs=programs)
+
+
+def _looked_up(case: Case) -> Iterator[Config]:
+    """Yield configs for kernels of values that are looked up."""
+    if case.rows >= 4:
+        yield DENSE_VECTORS if case.kind == "vectors" else DENSE
+    if case.rows > 2 * 8:
+        return
+    first = (VECTORS if case.kind == "vectors" else LOOKED_UP)[min(4, 1 << (case.rows - 1).bit_length())]
+    for config in (first, replace(first, columns=2 * first.columns), replace(first, units=8, warps=8)):
+        for programs in (2, 4, 8):
             yield replace(config, programs=programs)

@@ -30,12 +30,28 @@ from aptq.api import Format, LayerSpec, Option
 from aptq.backends.triton import Triton
 from aptq.benchmark.timing import copy_bandwidth
 from aptq.kernels.triton.configs import Case, Config, choose, write_table
+from aptq.kernels.triton.weight import PackedWeight, VectorWeight
 
 RESULTS = Path(__file__).resolve().parent / "results"
 GROUP = 128
 SHAPES = [(4096, 4096), (11008, 4096), (14336, 4096), (8192, 28672), (576, 576), (1536, 576), (576, 1536)]
 ROWS = (1, 4, 16, 64, 256)
 CODES = [("integer", 2), ("integer", 3), ("integer", 4), ("integer", 8), ("float", 4), ("asymmetric_float", 3)]
+OTHERS: dict[str, tuple[dict[str, Any], int]] = {
+    "trellis": ({"name": "trellis"}, -1),
+    "block_clustered": ({"name": "block_clustered"}, 64),
+    "float, e4m3 for 16": ({"name": "float", "scale_dtype": "e4m3"}, 16),
+    "vector": ({"name": "vector"}, -1),
+}
+"""Their configs and groups, by what they are called here; others are called as their format, in groups of ``GROUP``."""
+CODES += [
+    ("trellis", 2),
+    ("trellis", 4),
+    ("block_clustered", 4),
+    ("float, e4m3 for 16", 4),
+    ("vector", 1),
+    ("vector", 3),
+]
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
@@ -82,7 +98,8 @@ def _options() -> argparse.Namespace:
 
 
 def _layer(name: str, bits: int) -> tuple[Format, Option]:
-    return registry.build("format", {"name": name}), Option(bits, GROUP, name)
+    config, group = OTHERS.get(name, ({"name": name}, GROUP))
+    return registry.build("format", config), Option(bits, group, config["name"])
 
 
 def check(name: str, bits: int, device: str = "cuda") -> list[str]:
@@ -141,34 +158,22 @@ def _fastest(
     if not tune:
         return chosen, None
     from aptq.kernels.triton.launch import multiply
-    from aptq.kernels.triton.weight import PackedWeight
 
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    weight = _weight(tensors, spec)
     case = Case(
         rows=x.shape[0],
         out_features=spec.out_features,
         in_features=spec.in_features,
-        bits=spec.option.bits,
-        levels="levels" in tensors,
+        bits=weight.bits,
+        levels=weight.levels is not None,
         dtype=x.dtype,
-        whole_units=True,
+        whole_units=weight.group % 32 == 0 or weight.group >= spec.in_features,
+        kind=weight.kind,
     )
 
     def product(config: Config) -> Callable[[dict[str, Tensor]], Tensor]:
-        return lambda own: multiply(
-            x,
-            PackedWeight(
-                qweight=own["qweight"],
-                scales=own["scales"],
-                below=own.get("scales_below"),
-                zeros=own.get("zeros"),
-                levels=own.get("levels"),
-                in_features=spec.in_features,
-                group=spec.option.group_size,
-            ),
-            config,
-            processors,
-        )
+        return lambda own: multiply(x, _weight(own, spec), config, processors)
 
     first = choose(case, processors, "")
     found = {
@@ -176,11 +181,26 @@ def _fastest(
         for config in candidates(case)
         if config != first
     }
+    if not found:
+        return chosen, (case, first)
     best = min(found, key=lambda config: found[config])
     seconds = graph_seconds(rotating(tensors, product(best)))  # the few replays say little of small differences
     if seconds > 0.98 * chosen:
         return chosen, (case, first)
     return seconds, (case, best)
+
+
+def _weight(tensors: Mapping[str, Tensor], spec: LayerSpec) -> PackedWeight | VectorWeight:
+    """Return what the kernels take, as the backend's operators make it."""
+    size = spec.option.group_size
+    shared = {"in_features": spec.in_features, "group": spec.in_features if size == -1 else size}
+    if "codebook" in tensors:
+        return VectorWeight(**tensors, out_features=spec.out_features, **shared)
+    return PackedWeight(
+        **{name: tensor for name, tensor in tensors.items() if name != "scales_below"},
+        below=tensors.get("scales_below"),
+        **shared,
+    )
 
 
 def _torch_int4(x: Tensor, shape: tuple[int, int]) -> float | None:
@@ -210,8 +230,9 @@ def page(record: Mapping[str, Any]) -> str:
     lines = [
         "# The Triton kernels on a GPU",
         "",
-        f"{record['device']}, bfloat16, groups of {record['group_size']}, in CUDA graphs, weights rotated. `bandwidth`",
-        f"is the share of what a copy reaches ({record['bandwidth'] / 1e12:.2f} TB/s): at 100% the time is that of",
+        f"{record['device']}, bfloat16, groups of {record['group_size']} where the format has no own, in CUDA graphs,",
+        f"weights rotated. `bandwidth` is the share of what a copy reaches ({record['bandwidth'] / 1e12:.2f} TB/s): at",
+        "100% the time is that of",
         "reading packed weights and activations."
         + ("" if record.get("finished") else " The time was up before all cases were done."),
         "",

@@ -9,7 +9,7 @@ import torch
 
 from aptq import packing
 from aptq.api import LayerSpec
-from aptq.meaning import Integers, Levels, States, meaning_of
+from aptq.meaning import Blocks, Integers, Levels, States, meaning_of
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of activations, and of scales that are stored as what they are."""
@@ -32,17 +32,22 @@ def refuses_groups(spec: LayerSpec, allowed: Collection[int]) -> str | None:
     return f"it takes whole groups of {told} inputs, not {spec.in_features} inputs in groups of {size}"
 
 
-def unreadable(spec: LayerSpec, scale_dtypes: Collection[torch.dtype] = FLOATS, states: bool = False) -> str | None:
+def unreadable(
+    spec: LayerSpec, scale_dtypes: Collection[torch.dtype] = FLOATS, states: bool = False, blocks: bool = False
+) -> str | None:
     """Say what of a layer's tensors is not as expected, or None.
 
     Expected are codes of at most 8 bits (``qweight``, see ``aptq.packing``), scales ``[groups, out]`` of one of some
     dtypes, for levels below 0 perhaps some of their own (``scales_below``), zeros packed along the outputs
     (``qzeros``), and codes that mean integers or levels times a scale, or where ``states`` are read, values of those.
+    Where ``blocks`` are, scales may be bytes, and codes mean entries of codebooks.
     """
     bits, shape = spec.option.bits, (spec.out_features, spec.in_features)
     if bits > 8:
         return f"it reads codes of at most 8 bits, not {bits}"
     layout = spec.format.packed_layout(spec.option, shape)
+    if blocks:
+        scale_dtypes = (*scale_dtypes, torch.uint8)
     scales = (spec.option.num_groups(spec.in_features), spec.out_features)
     expected: dict[str, set[Any]] = {
         "qweight": {(packing.packed_shape(*shape, bits), torch.int32)},
@@ -50,11 +55,18 @@ def unreadable(spec: LayerSpec, scale_dtypes: Collection[torch.dtype] = FLOATS, 
         "scales_below": {(scales, dtype) for dtype in scale_dtypes},
         "qzeros": {(packing.packed_shape(*scales, bits), torch.int32)},
     }
+    if blocks:
+        expected["scale_unit"] = {((1,), torch.float32)}
+    if blocks and isinstance(meaning := meaning_of(spec.format, spec.option), Blocks):
+        count = -(-spec.in_features // meaning.block_size)
+        selectors = packing.packed_shape(count, spec.out_features, meaning.selector_bits)
+        expected |= {"selectors": {(selectors, torch.int32)}, "codebooks": {layout["codebooks"]}}
     for name, stored in layout.items():
         if stored not in expected.get(name, ()):
             return f"it cannot read {name} of format {spec.format_name}, {stored[1]} of shape {tuple(stored[0])}"
     if len({layout[name][1] for name in layout if name.startswith("scales")}) > 1:
         return f"it cannot read the scales of format {spec.format_name}, which have several dtypes"
-    if not isinstance(meaning_of(spec.format, spec.option), (Integers, Levels, *([States] if states else []))):
+    known = (Integers, Levels, *([States] if states else []), *([Blocks] if blocks else []))
+    if not isinstance(meaning_of(spec.format, spec.option), known):
         return f"it cannot read the codes of format {spec.format_name}: neither integers nor levels times a scale"
     return None

@@ -18,19 +18,29 @@ def plain(x: Tensor) -> bool:
     return type(x) is Tensor and not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled())
 
 
-def define_product(name: str, arguments: str, product: Callable[..., Tensor], device: str) -> None:
+def define_product(
+    name: str,
+    arguments: str,
+    product: Callable[..., Tensor],
+    device: str,
+    *,
+    weight: str = "Tensor qweight, Tensor scales",
+    fake: Callable[..., Tensor] | None = None,
+) -> None:
     """Define ``torch.ops.aptq.<name>``, which compiled and captured graphs can hold.
 
     Args:
         name: of the operator.
-        arguments: behind ``x [..., in]``, ``qweight`` and ``scales [groups, out]``, as in a schema of torch.
+        arguments: behind ``x [..., in]`` and ``weight``, as in a schema of torch.
         product: what it does: returns ``[..., out]`` in the dtype of ``x``.
         device: of the tensors that it takes, a dispatch key of torch ("CPU", "CUDA").
+        weight: arguments behind ``x``; scales are ``[groups, out]``.
+        fake: gives an empty result of the product's shape; default: as wide as ``scales``.
     """
-    schema = f"{name}(Tensor x, Tensor qweight, Tensor scales, {arguments}) -> Tensor"
+    schema = f"{name}(Tensor x, {weight}, {arguments}) -> Tensor"
     OPERATORS.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     OPERATORS.impl(name, product, device)
-    torch.library.register_fake(f"aptq::{name}", _fake, lib=OPERATORS)
+    torch.library.register_fake(f"aptq::{name}", fake or _fake, lib=OPERATORS)
 
 
 def _fake(x: Tensor, qweight: Tensor, scales: Tensor, *rest: object) -> Tensor:

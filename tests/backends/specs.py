@@ -8,9 +8,11 @@ from torch import Tensor
 from aptq import packing
 from aptq.api import Backend, Format, LayerSpec, Option
 from aptq.formats.asymmetric_float import AsymmetricFloat
+from aptq.formats.block_clustered import BlockClustered
 from aptq.formats.float import Float
 from aptq.formats.integer import Integer
 from aptq.formats.trellis import Trellis
+from aptq.formats.vector import Vector
 from aptq.layer import PackedLinear
 
 FORMATS = {
@@ -28,6 +30,19 @@ TRELLISES = {
     "trellis of 12 bits": Trellis(state_bits=12, scale_dtype="bfloat16"),
 }
 """Values of states, which some of them read too."""
+
+
+TABLES = {
+    **TRELLISES,
+    "blocks": BlockClustered(),
+    "blocks of 16": BlockClustered(block_size=16, num_codebooks=16, scale_dtype="bfloat16"),
+    "one codebook": BlockClustered(num_codebooks=1, scale_dtype="float16"),
+    "nvfp4": Float(code="fp", scale_dtype="e4m3"),
+    "mxfp4": Float(code="fp", scale_dtype="e8m0"),
+    "vectors": Vector(bits_3="v4-k64-64"),
+    "vectors without scales": Vector(bits_3="v8-k256", normalize="none", scale_dtype="bfloat16"),
+}
+"""Whose values are looked up in larger tables, or whose scales are bytes."""
 
 
 def spec_of(

@@ -18,24 +18,64 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from aptq.kernels.triton.blocks import blocks_dense, blocks_gemv
 from aptq.kernels.triton.configs import UNIT, Config
 from aptq.kernels.triton.dense import dense
 from aptq.kernels.triton.dot import dot
 from aptq.kernels.triton.gemv import gemv
+from aptq.kernels.triton.states import states_dense, states_gemv
+from aptq.kernels.triton.vectors import vectors_dense, vectors_gemv
 from aptq.kernels.triton.weight import PRIMARY
 
-_KERNELS = {"gemv": gemv, "dot": dot, "dense": dense}
-_TYPES = {"words": "*i32", "scales": "*fp16", "below": "*fp16", "zeros": "*u8", "levels": "*fp32"}
+KERNELS = {
+    "gemv": gemv,
+    "dot": dot,
+    "dense": dense,
+    "states_gemv": states_gemv,
+    "states_dense": states_dense,
+    "blocks_gemv": blocks_gemv,
+    "blocks_dense": blocks_dense,
+    "vectors_gemv": vectors_gemv,
+    "vectors_dense": vectors_dense,
+}
+"""By the name that results are kept under."""
+_TYPES = {
+    "words": "*i32",
+    "scales": "*fp16",
+    "below": "*fp16",
+    "zeros": "*u8",
+    "levels": "*fp32",
+    "values": "*fp32",
+    "scale_values": "*fp32",
+    "selectors": "*i16",
+    "residual_words": "*i32",
+    **dict.fromkeys(("codebook", "residual_codebook", "row_scales", "column_scales"), "*fp16"),
+}
 _NUMBERS = ("begin", "end", "width", "rows", "K", "N", "units", "units_per_split", "magic")
 _MULTIPLES_OF_16 = ("begin", "end", "width", "K", "N", "units_per_split")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
-MEANINGS = {
+_VECTORS = {"BY_ROW": True, "BY_COLUMN": True, "GROUP": 0}
+MEANINGS: dict[str, dict[str, Any]] = {
     "zeros": {"ZEROS": True, "LEVELS": False, "BELOW": False},
     "symmetric": {"ZEROS": False, "LEVELS": False, "BELOW": False},
     "levels": {"ZEROS": False, "LEVELS": True, "BELOW": False},
     "two-sided": {"ZEROS": False, "LEVELS": True, "BELOW": True},
+    "states of 10": {"STATE": 10},
+    "states of 12": {"STATE": 12},
+    "codebooks": {"SELECT": 3, "BYTES": True, "SPAN": 32, "GROUP": 64},
+    "levels in 16": {"SELECT": 0, "BYTES": True, "SPAN": 16, "GROUP": 16},
+    "vectors of 8": {"LENGTH": 8, "LOG_LENGTH": 3, "CENTROIDS": 256, "RESIDUAL": 0, **_VECTORS},
+    "residual vectors of 4": {"LENGTH": 4, "LOG_LENGTH": 2, "CENTROIDS": 64, "RESIDUAL": 64, **_VECTORS},
 }
-"""What codes can mean: integers with stored zeros or without, levels with one scale or two."""
+"""What codes can mean: integers with stored zeros or without, levels with one scale or two, states of so many bits,
+entries of 8 codebooks in groups of 64, levels in groups of 16; scales of the last two are bytes. Or they are indices of
+vectors."""
+
+
+def kernel_name(kernel: str, meaning: str) -> str:
+    """Return which of ``KERNELS`` does what a config names, for codes of a meaning."""
+    kinds = {"STATE": "states", "SPAN": "blocks", "LENGTH": "vectors"}
+    return next((f"{kind}_{kernel}" for name, kind in kinds.items() if name in MEANINGS[meaning]), kernel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +129,12 @@ def compile_config(
         dtype: of the activations: bf16, fp16 or fp32.
         group: inputs of a group; 0: all.
     """
-    kernel = _KERNELS[config.kernel]
+    kernel = KERNELS[kernel_name(config.kernel, meaning)]
     constants: dict[str, Any] = {"BITS": bits, "PRIMARY": PRIMARY[bits], "GROUP": group, **MEANINGS[meaning]}
     constants |= {"TAIL": False, "EVEN": True, "ROWS": config.rows, "UNITS": config.units, "COLUMNS": config.columns}
     out = f"*{dtype}" if config.kernel == "dense" else "*fp32"
-    types = {**_TYPES, **dict.fromkeys(_NUMBERS, "i32"), "x": f"*{dtype}", "out": out}
+    scales = {"scales": "*u8"} if constants.get("BYTES") else {}
+    types = {**_TYPES, **scales, **dict.fromkeys(_NUMBERS, "i32"), "x": f"*{dtype}", "out": out}
     names = kernel.arg_names
     source = ASTSource(
         kernel,
@@ -108,14 +149,14 @@ def compile_config(
     options = {"num_warps": config.warps, "num_stages": config.stages}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage, listing = _disassembled(built.asm["cubin"])
-    words = config.units * config.columns * bits // (32 * config.warps)
+    weights = config.units * config.columns // config.warps
     return Compiled(
         registers=int(usage["REG"]),
         stack=int(usage["STACK"]),
         shared=built.metadata.shared,
         opcodes=Counter(_body(listing)),
-        weights=words * UNIT // bits,
-        words=words,
+        weights=weights,
+        words=weights * bits // (UNIT * constants.get("LENGTH", 1)),
     )
 
 

@@ -51,12 +51,14 @@ class Case:
     levels: bool
     dtype: torch.dtype  # of the activations
     whole_units: bool  # whether groups are
+    kind: str = ""  # of kernels, see ``PackedWeight``
 
     def key(self) -> tuple[Any, ...]:
         """Return what a table tells cases apart by; numbers of rows count up to the next power of two."""
         rows = 1 << (self.rows - 1).bit_length()
         dtype = str(self.dtype).removeprefix("torch.")
-        return rows, self.out_features, self.in_features, self.bits, self.levels, dtype, self.whole_units
+        key = rows, self.out_features, self.in_features, self.bits, self.levels, dtype, self.whole_units
+        return (*key, self.kind) if self.kind else key
 
 
 ONE_ROW = (Config(kernel="gemv", columns=256), Config(kernel="gemv", units=2, warps=2, programs=8))
@@ -72,6 +74,13 @@ DENSE = Config(kernel="dense", units=2, columns=256)
 MOST_ROWS = 64
 """Of a product by ``dot``; more are multiplied by the dense weight."""
 SHIPPED = (*ONE_ROW, *TWO_ROWS, *FOUR_ROWS, *DOTS.values(), DENSE)
+LOOKED_UP = {rows: Config(kernel="gemv", rows=rows) for rows in (1, 2, 4)}
+"""By rows of a program, for values that are looked up in large tables: 32 of them at a time for each thread."""
+VECTORS = {rows: Config(kernel="gemv", rows=rows, columns=256) for rows in (1, 2, 4)}
+"""By rows of a program, for vectors of neighbouring outputs: of 8, a thread has one."""
+DENSE_VECTORS = Config(kernel="dense", units=4, columns=256)
+MOST_LOOKED_UP = 8
+"""Rows that are multiplied by such values as they are looked up."""
 
 
 def rule_of_thumb(case: Case, processors: int) -> Config:
@@ -79,17 +88,27 @@ def rule_of_thumb(case: Case, processors: int) -> Config:
 
     One or two rows go to ``gemv``, whose arithmetic grows with the rows, and up to 64 to ``dot``; in float32, which
     tensor cores would round, up to eight to ``gemv``. Tiles are the largest of which there are two for every
-    multiprocessor. These are deductions from counted instructions and registers
-    (``benchmarks/results/kernels_compiled.md``), not from times.
+    multiprocessor. Of other kinds (``Case.kind``) up to eight rows go to ``gemv``. These are deductions from counted
+    instructions and registers (``benchmarks/results/kernels_compiled.md``), not from times.
     """
+    if case.kind:
+        of_vectors = case.kind == "vectors"
+        if case.rows > MOST_LOOKED_UP:
+            return DENSE_VECTORS if of_vectors else DENSE
+        if case.kind == "blocks" and case.rows == 1:
+            return _enough(case, ONE_ROW, processors)
+        return (VECTORS if of_vectors else LOOKED_UP)[min(4, 1 << (case.rows - 1).bit_length())]
     by_dot = case.dtype != torch.float32 and case.whole_units
     if case.rows > (MOST_ROWS if by_dot else 8):
         return DENSE
     if case.rows <= 2 or not by_dot:
-        tiles = ONE_ROW if case.rows == 1 else TWO_ROWS if case.rows == 2 else FOUR_ROWS
-        enough = (tile for tile in tiles if _tiles(case, tile) >= 2 * processors)
-        return next(enough, tiles[-1])
+        return _enough(case, ONE_ROW if case.rows == 1 else TWO_ROWS if case.rows == 2 else FOUR_ROWS, processors)
     return DOTS[max(16, 1 << (case.rows - 1).bit_length())]
+
+
+def _enough(case: Case, tiles: Sequence[Config], processors: int) -> Config:
+    """Return the first of which there are two for every multiprocessor, or the last."""
+    return next((tile for tile in tiles if _tiles(case, tile) >= 2 * processors), tiles[-1])
 
 
 def _tiles(case: Case, config: Config) -> int:

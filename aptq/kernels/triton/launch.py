@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
+from aptq.kernels.triton.blocks import blocks_dense, blocks_gemv
 from aptq.kernels.triton.configs import UNIT, Config
 from aptq.kernels.triton.dense import dense
 from aptq.kernels.triton.dot import dot
 from aptq.kernels.triton.gemv import gemv
 from aptq.kernels.triton.parts import add_up
-from aptq.kernels.triton.weight import MAGIC, PRIMARY, PackedWeight
+from aptq.kernels.triton.states import states_dense, states_gemv
+from aptq.kernels.triton.vectors import vectors_dense, vectors_gemv
+from aptq.kernels.triton.weight import MAGIC, PRIMARY, PackedWeight, VectorWeight
 
+Weight = PackedWeight | VectorWeight
+_KERNELS = {
+    "": {"gemv": gemv, "dot": dot, "dense": dense},
+    "states": {"gemv": states_gemv, "dense": states_dense},
+    "blocks": {"gemv": blocks_gemv, "dense": blocks_dense},
+    "vectors": {"gemv": vectors_gemv, "dense": vectors_dense},
+}
 _STRIP = 1 << 26
 """Weights that are unpacked at once for a dense product."""
 
 
-def multiply(x: Tensor, weight: PackedWeight, config: Config, processors: int) -> Tensor:
+def multiply(x: Tensor, weight: Weight, config: Config, processors: int) -> Tensor:
     """Return ``x W^T``, ``[rows, out]``, for a contiguous ``x [rows, in]``, in its dtype.
 
     Args:
@@ -33,36 +47,66 @@ def multiply(x: Tensor, weight: PackedWeight, config: Config, processors: int) -
     return _by_parts(x, weight, config, processors)
 
 
-def meanings(weight: PackedWeight) -> dict[str, object]:
+def meanings(weight: Weight) -> dict[str, int]:
     """Return the kernels' constants that say what codes mean."""
-    return {
+    constants = {
         "BITS": weight.bits,
         "PRIMARY": PRIMARY[weight.bits],
         "GROUP": 0 if weight.group >= weight.in_features else weight.group,
-        "ZEROS": weight.zeros is not None,
-        "LEVELS": weight.levels is not None,
-        "BELOW": weight.below is not None,
     }
+    if isinstance(weight, VectorWeight):
+        centroids, length = weight.codebook.shape[1:]
+        constants |= {"LENGTH": length, "LOG_LENGTH": _log2(length), "CENTROIDS": centroids}
+        constants["RESIDUAL"] = 0 if weight.residual_codebook is None else weight.residual_codebook.shape[1]
+        return constants | {
+            "BY_ROW": weight.row_scales is not None,
+            "BY_COLUMN": weight.column_scales is not None,
+        }
+    if weight.states is not None:
+        return constants | {"STATE": _log2(len(weight.states))}
+    if weight.kind == "blocks" and weight.levels is not None:
+        constants |= {"SELECT": _log2(len(weight.levels)) - weight.bits, "BYTES": weight.scale_values is not None}
+        return constants | {"SPAN": math.gcd(constants["GROUP"], UNIT)}
+    constants |= {name: each is not None for name, each in (("ZEROS", weight.zeros), ("LEVELS", weight.levels))}
+    return constants | {"BELOW": weight.below is not None, "magic": MAGIC}
 
 
-def _tensors(weight: PackedWeight) -> list[Tensor]:
+def _log2(count: int) -> int:
+    return count.bit_length() - 1
+
+
+def kernel_of(weight: Weight, name: str) -> Any:
+    """Return the kernel that does for a weight what a config names."""
+    return _KERNELS[weight.kind][name]
+
+
+def _tensors(weight: Weight) -> list[Tensor]:
     """Return the kernels' pointers; what a weight has not is never read."""
-    scales = weight.scales
-    optional = [scales if each is None else each for each in (weight.below, weight.zeros, weight.levels)]
-    return [weight.qweight, scales, *optional]
+    if isinstance(weight, VectorWeight):
+        optional = [weight.residual_indices, weight.residual_codebook, weight.row_scales, weight.column_scales]
+        return _filled([weight.indices, weight.codebook, *optional])
+    if weight.states is not None:
+        return [weight.qweight, weight.scales, weight.states]
+    first = (weight.scale_values, weight.selectors) if weight.kind == "blocks" else (weight.below, weight.zeros)
+    return _filled([weight.qweight, weight.scales, *first, weight.levels])
 
 
-def _by_parts(x: Tensor, weight: PackedWeight, config: Config, processors: int) -> Tensor:
+def _filled(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return tensors with the second one in place of None, which is a float as most of them are."""
+    (instead,) = [each for each in tensors[1:2] if each is not None]
+    return [instead if each is None else each for each in tensors]
+
+
+def _by_parts(x: Tensor, weight: Weight, config: Config, processors: int) -> Tensor:
     """Let each program compute some outputs of a part of the inputs, and add the parts up."""
-    rows, out_features, units = x.shape[0], weight.out_features, weight.qweight.shape[0]
+    rows, out_features, units = x.shape[0], weight.out_features, weight.units
     grid = triton.cdiv(out_features, config.columns), 1, triton.cdiv(rows, config.rows)
     steps = triton.cdiv(units, config.units)
     steps_per_split = triton.cdiv(steps, max(1, config.programs * processors // (grid[0] * grid[2])))
     splits = triton.cdiv(steps, steps_per_split)
     y = x.new_empty(rows, out_features)
     parts = y if splits == 1 else torch.empty(splits, rows, out_features, dtype=torch.float32, device=x.device)
-    kernel = gemv if config.kernel == "gemv" else dot
-    kernel[(grid[0], splits, grid[2])](
+    kernel_of(weight, config.kernel)[(grid[0], splits, grid[2])](
         x,
         *_tensors(weight),
         parts,
@@ -71,7 +115,6 @@ def _by_parts(x: Tensor, weight: PackedWeight, config: Config, processors: int) 
         out_features,
         units,
         steps_per_split * config.units,
-        MAGIC,
         **meanings(weight),
         TAIL=weight.in_features % UNIT != 0,
         EVEN=units % config.units == 0,
@@ -87,7 +130,7 @@ def _by_parts(x: Tensor, weight: PackedWeight, config: Config, processors: int) 
     return y
 
 
-def _by_strips(x: Tensor, weight: PackedWeight, config: Config) -> Tensor:
+def _by_strips(x: Tensor, weight: Weight, config: Config) -> Tensor:
     """Unpack some outputs at a time for torch's product."""
     rows, out_features = x.shape[0], weight.out_features
     width = min(out_features, max(config.columns, _STRIP // weight.in_features // config.columns * config.columns))
@@ -101,10 +144,10 @@ def _by_strips(x: Tensor, weight: PackedWeight, config: Config) -> Tensor:
     return y
 
 
-def unpack(weight: PackedWeight, begin: int, end: int, room: Tensor, config: Config) -> Tensor:
+def unpack(weight: Weight, begin: int, end: int, room: Tensor, config: Config) -> Tensor:
     """Write ``W^T [in, end - begin]`` of some outputs into ``room [in, at least as many]`` and return that part."""
-    units = weight.qweight.shape[0]
-    dense[(triton.cdiv(end - begin, config.columns), triton.cdiv(units, config.units))](
+    units = weight.units
+    kernel_of(weight, "dense")[(triton.cdiv(end - begin, config.columns), triton.cdiv(units, config.units))](
         *_tensors(weight),
         room,
         begin,
@@ -113,7 +156,6 @@ def unpack(weight: PackedWeight, begin: int, end: int, room: Tensor, config: Con
         weight.in_features,
         weight.out_features,
         units,
-        MAGIC,
         **meanings(weight),
         UNITS=config.units,
         COLUMNS=config.columns,

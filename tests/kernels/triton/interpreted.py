@@ -89,7 +89,7 @@ def layer_of(
     return packed, dense
 
 
-def assert_product(weight: PackedWeight, dense: Tensor, rows: int, config: Config, seed: int = 0) -> None:
+def assert_product(weight: launch.Weight, dense: Tensor, rows: int, config: Config, seed: int = 0) -> None:
     """Check a product: as good as float32, or as rounding to float16 of inputs, weights (``dot``) and outputs."""
     dtype = torch.float16 if config.kernel == "dot" else torch.float32
     x = torch.randn(rows, dense.shape[1], generator=torch.Generator().manual_seed(seed)).to(dtype)
