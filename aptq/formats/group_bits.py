@@ -10,9 +10,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from aptq.api import AptqError, EntryGrid, Format, FormatSet, Option, QuantizedWeight, RoundableFormat
-from aptq.formats.group_choice import least_cost
-from aptq.formats.group_grid import GroupBitsGrid, Part, columns_of, part_of
+from aptq.api import AptqError, Format, FormatSet, Option, QuantizedWeight, RoundableFormat
+from aptq.formats.group_choice import Choice, fits, least_cost
+from aptq.formats.group_grid import GroupBitsGrid, Part, coded_apart, columns_of, part_of
 from aptq.formats.grouped import split_groups
 from aptq.packing import UNIT
 
@@ -38,10 +38,11 @@ class GroupBits:
 
     with ``q(b)`` the nearest value of ``inner`` at ``b`` bits and ``h_j`` the importance of the input (1 without one):
     ``H_jj`` under ``quantizer=nearest``, and under those that feed errors back ``1 / U_jj^2``, which makes it their
-    own objective. A width of 1 bit is that of ``one_bit``, and widths that neither has are not used.
+    own objective. Where ``inner`` has no codes of 1 bit, those are ``one_bit``'s; widths that neither has are not used.
 
-    ``grouping="salience"`` makes groups of inputs of like salience ``h_j sum_i w_ij^2`` instead of neighbours; the
-    group of each input is then stored. A last group that is shorter keeps ``N`` bits.
+    ``grouping="salience"`` tries groups of inputs of like salience ``h_j sum_i w_ij^2`` as well as those of neighbours,
+    and takes what costs less in the layer; the group of each input is then stored. A last group that is shorter keeps
+    ``N`` bits.
 
     Codes of all widths are stored one after another, each packed as ``inner`` packs a layer of those inputs alone, and
     take what ``inner`` takes at ``N`` bits; ``group_widths`` adds 8 bits a group, ``group_members`` 8 an input.
@@ -87,14 +88,14 @@ class GroupBits:
                 )
         for below in range(option.bits - self.spread, option.bits):
             for above in range(option.bits + 1, option.bits + self.spread + 1):
-                if below in sizes and above in sizes and not _fits(sizes, below, option.bits, above):
+                if below in sizes and above in sizes and not fits(sizes, below, option.bits, above):
                     raise AptqError(
                         f"What format.inner stores at {below} and {above} bits is more than at {option.bits}."
                     )
         if option not in self._tried:
             with torch.device("cpu"):  # whatever the caller makes: layers are made on meta first
                 for bits in sizes:
-                    _coded_apart(self._format(bits).fit(torch.zeros(1, 1, UNIT), replace(option, bits=bits)))
+                    coded_apart(self._format(bits).fit(torch.zeros(1, 1, UNIT), replace(option, bits=bits)))
             self._tried.add(option)
 
     @cached_property
@@ -103,7 +104,16 @@ class GroupBits:
         return set()
 
     def _format(self, bits: int) -> Format:
-        return self.one_bit if bits == 1 else self.inner
+        return self.one_bit if bits == 1 and not self._has_one_bit else self.inner
+
+    @cached_property
+    def _has_one_bit(self) -> bool:
+        """Whether ``inner`` has codes of 1 bit itself."""
+        try:
+            self.inner.check(Option(bits=1, group_size=-1), (1, UNIT))
+        except AptqError:
+            return False
+        return True
 
     def _allowed(self, option: Option, shape: tuple[int, int]) -> list[int]:
         """Return the widths that groups may have, in rising order: those that there are, ``N`` among them."""
@@ -124,45 +134,49 @@ class GroupBits:
 
     def fit(self, weight: Tensor, option: Option, importance: Tensor | None = None) -> GroupBitsGrid:
         """Choose the widths of a weight ``[heads, rows, in]`` and fit ``inner`` to the groups of each."""
-        members = self._members(weight, option, importance)
-        widths = self._widths(weight, option, importance, members)
+        tried = (self._chosen(weight, option, importance, each) for each in self._members(weight, option, importance))
+        chosen = min(tried, key=lambda choice: choice.cost)
         parts = []
-        for bits, columns in columns_of(widths, members):
+        for bits, columns in columns_of(chosen.widths, chosen.members):
             weighed = None if importance is None else importance[:, columns]
             grid = self._format(bits).fit(weight[..., columns], replace(option, bits=bits), weighed)
-            parts.append(Part(bits=bits, columns=columns, grid=_coded_apart(grid)))
-        return GroupBitsGrid.around(parts, weight.shape[0], self._told(widths, members))
+            parts.append(Part(bits=bits, columns=columns, grid=coded_apart(grid)))
+        return GroupBitsGrid.around(parts, weight.shape[0], self._told(chosen))
 
-    def _members(self, weight: Tensor, option: Option, importance: Tensor | None) -> Tensor:
-        """Return the group of each input ``[in]``."""
+    def _members(self, weight: Tensor, option: Option, importance: Tensor | None) -> list[Tensor]:
+        """Return the groups to choose among: the group of each input, ``[in]``."""
         width = weight.shape[-1]
         groups = torch.arange(width, device=weight.device) // option.group_width(width)
-        if self.grouping == "neighbours":
-            return groups
+        if self.grouping == "neighbours" or option.num_groups(width) == 1:
+            return [groups]
         squares = weight.square().sum(1)
         salience = (squares if importance is None else squares * importance).sum(0)
-        return torch.empty_like(groups).scatter_(0, salience.argsort(descending=True, stable=True), groups)
+        return [groups, torch.empty_like(groups).scatter_(0, salience.argsort(descending=True, stable=True), groups)]
 
-    def _told(self, widths: Tensor, members: Tensor) -> dict[str, Tensor]:
+    def _told(self, chosen: Choice) -> dict[str, Tensor]:
         """Return what is stored of the groups."""
-        told = {WIDTHS: widths.to(torch.uint8)}
-        return told if self.grouping == "neighbours" else {**told, MEMBERS: members.to(_index_dtype(len(widths)))}
+        told = {WIDTHS: chosen.widths.to(torch.uint8)}
+        if self.grouping == "neighbours":
+            return told
+        return {**told, MEMBERS: chosen.members.to(_index_dtype(len(chosen.widths)))}
 
-    def _widths(self, weight: Tensor, option: Option, importance: Tensor | None, members: Tensor) -> Tensor:
-        """Return the widths ``[groups]`` of least cost."""
+    def _chosen(self, weight: Tensor, option: Option, importance: Tensor | None, members: Tensor) -> Choice:
+        """Return the widths of least cost for some groups."""
         heads, rows, width = weight.shape
         groups = option.num_groups(width)
         allowed = self._allowed(option, (heads * rows, width)) if groups > 1 else [option.bits]
-        if len(allowed) == 1:
-            return torch.full((groups,), option.bits, device=weight.device)
+        if len(allowed) == 1 and self.grouping == "neighbours":
+            return Choice(members, torch.full((groups,), option.bits, device=weight.device), 0.0)
         order = members.argsort(stable=True)
         ordered = weight[..., order]
         weighed = None if importance is None else importance[:, order]
         costs = torch.stack([self._costs(ordered, replace(option, bits=bits), weighed) for bits in allowed], dim=1)
-        if width % option.group_size:
-            costs[-1, torch.tensor(allowed) != option.bits] = float("inf")
-        choice = least_cost(costs, torch.tensor(allowed) - option.bits)
-        return torch.tensor(allowed)[choice].to(weight.device)
+        widths = torch.tensor(allowed)
+        if width % option.group_width(width):
+            costs[-1, widths != option.bits] = float("inf")
+        choice = least_cost(costs, widths - option.bits)
+        cost = float(costs.cpu().gather(1, choice[:, None]).sum())
+        return Choice(members, widths[choice].to(weight.device), cost)
 
     def _costs(self, weight: Tensor, option: Option, importance: Tensor | None) -> Tensor:
         """Return what rounding to nearest at the option's bits costs, float64 ``[groups]``."""
@@ -184,7 +198,7 @@ class GroupBits:
             if not isinstance(format, RoundableFormat):
                 raise AptqError(f"{format} does not give back the grid of a stored weight.")
             grid = format.grid(part_of(quantized, bits, columns), replace(option, bits=bits))
-            parts.append(Part(bits=bits, columns=columns, grid=_coded_apart(grid)))
+            parts.append(Part(bits=bits, columns=columns, grid=coded_apart(grid)))
         told = {name: quantized.parameters[name] for name in (WIDTHS, MEMBERS) if name in quantized.parameters}
         return GroupBitsGrid.around(parts, 1, told)
 
@@ -242,23 +256,6 @@ def _columns(stored: Mapping[str, Tensor], option: Option, in_features: int) -> 
     widths = stored[WIDTHS]
     neighbours = torch.arange(in_features, device=widths.device) // option.group_width(in_features)
     return columns_of(widths, stored.get(MEMBERS, neighbours))
-
-
-def _coded_apart(grid: object) -> EntryGrid:
-    """Return a grid that codes each weight by itself; raise ``AptqError`` for another."""
-    if not isinstance(grid, EntryGrid):
-        raise AptqError("format=group_bits needs a format.inner that codes each weight by itself, such as integer.")
-    return grid
-
-
-def _fits(sizes: Mapping[int, Mapping[str, int]], below: int, middle: int, above: int) -> bool:
-    """Whether groups at two widths around a third, as many as keep the mean, take no more than they would at that."""
-    names = set(sizes[below]) | set(sizes[above])
-    return all(
-        (above - middle) * sizes[below].get(name, 0) + (middle - below) * sizes[above].get(name, 0)
-        <= (above - below) * sizes[middle].get(name, 0)
-        for name in names
-    )
 
 
 def _index_dtype(groups: int) -> torch.dtype:

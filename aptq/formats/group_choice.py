@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Groups, their widths and what rounding then costs."""
+
+    members: Tensor  # [in]: the group of each input
+    widths: Tensor  # [groups]
+    cost: float
 
 
 def least_cost(costs: Tensor, steps: Tensor) -> Tensor:
@@ -59,3 +71,17 @@ def least_cost(costs: Tensor, steps: Tensor) -> Tensor:
         found.append(choice)
         balance -= int(steps[choice])
     return torch.tensor(found[::-1], dtype=torch.int64)
+
+
+def fits(sizes: Mapping[int, Mapping[str, int]], below: int, middle: int, above: int) -> bool:
+    """Whether groups at two widths around a third, as many as keep the mean, take no more than they would at that.
+
+    ``sizes`` has, for each width, the size of every tensor by its name. Where this holds for all pairs of widths, it
+    does for any choice of widths of that mean: it is made of such pairs.
+    """
+    names = set(sizes[below]) | set(sizes[above])
+    return all(
+        (above - middle) * sizes[below].get(name, 0) + (middle - below) * sizes[above].get(name, 0)
+        <= (above - below) * sizes[middle].get(name, 0)
+        for name in names
+    )

@@ -122,18 +122,21 @@ class LevelFormat:
         """
         means = []
         for group, weight_of in zip(groups, weights, strict=True):
-            counted = torch.ones_like(group[:, :1]) if weight_of is None else weight_of[:, None].to(group.dtype)
+            # What nothing excites counts alike among itself.
+            counted = group.new_ones(1, 1) if weight_of is None else weight_of[:, None].to(group.dtype).clamp(min=1e-30)
             by_side = [torch.where(group < 0, counted, 0.0), torch.where(group < 0, 0.0, counted)]
             sums = [(group.abs() * side).sum(-1) for side in by_side]
             counts = [side.sum(-1) for side in by_side]
-            whole = sum(sums) / sum(counts).clamp(min=torch.finfo(group.dtype).tiny)
+            whole = (sums[0] + sums[1]) / (counts[0] + counts[1])
             sides = [torch.where(n > 0, s / n, whole) for s, n in zip(sums, counts, strict=True)]
             means.append(sides if self.asymmetric else [whole, whole])
-        below, above = (torch.stack(side, dim=1) for side in zip(*means, strict=True))
-        unit = scale_unit(torch.maximum(below, above).max(), self.scale_dtype)
-        stored = (stored_scale(side, self.scale_dtype, unit, option.bits) * (side > 0) for side in (below, above))
-        table = self._levels(option, weight)
-        return LevelGrid(tuple(stored), *LevelGrid.places(weight, option), levels=table, unit=unit, format=self)
+        exact = [torch.stack(side, dim=1) for side in zip(*means, strict=True)]
+        unit = scale_unit(torch.maximum(*exact).max(), self.scale_dtype)
+        stored = [stored_scale(each, self.scale_dtype, unit, option.bits) for each in exact]
+        # Where a scale rounds to 0 it is 0, not one unit: there is no level of 0.
+        below, above = (torch.where(to > 2 * of, 0.0, to) for of, to in zip(exact, stored, strict=True))
+        places = LevelGrid.places(weight, option)
+        return LevelGrid((below, above), *places, levels=self._levels(option, weight), unit=unit, format=self)
 
     def _levels(self, option: Option, like: Tensor) -> Tensor:
         dtype = like.dtype if like.dtype == torch.float64 else torch.float32

@@ -64,14 +64,10 @@ def _problem(heads: int = 1) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("inner", [Integer(), Integer(symmetric=True), AsymmetricFloat()])
 @pytest.mark.parametrize("bits", [2, 3])
 def test_bits_go_where_errors_cost_most(inner: Integer | AsymmetricFloat, bits: int) -> None:
-    if bits == 2 and isinstance(inner, AsymmetricFloat):
-        inner = AsymmetricFloat(code="normal")
     weight, importance = _problem()
     option = Option(bits, 32)
     plain = weighted_error(inner.fit(weight, option, importance), weight, importance)
-    grid = GroupBits(inner=inner, one_bit=type(inner)() if isinstance(inner, AsymmetricFloat) else Float()).fit(
-        weight, option, importance
-    )
+    grid = _format(inner).fit(weight, option, importance)
     widths = grid.stored["group_widths"].tolist()
     assert sum(widths) == 8 * bits
     assert widths[1] == widths[6] == bits + 1
@@ -89,6 +85,14 @@ def test_a_wider_spread_and_groups_of_like_salience_cost_less() -> None:
     assert errors[3] < 0.9 * errors[2]
     plain = Integer(clip_steps=2).fit(weight, OPTION, importance)
     assert errors[0] == pytest.approx(weighted_error(plain, weight, importance), rel=1e-6)
+
+
+def test_neighbours_stay_together_where_like_salience_is_worth_less() -> None:
+    weight, importance = _problem()
+    weight = weight * importance.rsqrt()[:, None]  # inputs of a group are alike in size, not in what they count
+    grids = [_format(grouping=each).fit(weight, OPTION, importance) for each in ("neighbours", "salience")]
+    assert torch.equal(grids[1].stored["group_members"], (torch.arange(256) // 32).to(torch.uint8))
+    assert torch.equal(grids[0].stored["group_widths"], grids[1].stored["group_widths"])
 
 
 def test_heads_share_their_widths() -> None:
