@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from aptq.api import AptqError, Option
+from aptq.backends.select import choose_backend
 from aptq.formats.asymmetric_float import AsymmetricFloat
 from aptq.formats.float import Float
 from aptq.formats.levels import LevelFormat, levels, nearest
+from aptq.testing import check_backend
+from tests.backends.specs import spec_of
 
 
 @pytest.mark.parametrize(
@@ -89,3 +92,10 @@ def test_one_bit_of_nothing_is_nothing() -> None:
     assert torch.equal(idle.parameters[1], torch.full((1, 1, 2), 0.5))
     with pytest.raises(AptqError, match="have 2, 3, 4 bits; got bits=1"):
         Float(scale_dtype="e8m0").check(option, (2, 32))
+
+
+def test_layers_of_signs_are_multiplied_by_what_can_read_them() -> None:
+    choice = choose_backend(spec_of(Float(), Option(1, 32), (64, 64)))
+    assert choice.refusals.get("cpu") in (None, "it reads levels of 2 to 4 bits, not 1")
+    for format in (Float(), AsymmetricFloat()):
+        check_backend(choice.backend, format=format, bits=(1,))
