@@ -234,7 +234,8 @@ def nearest(values: Tensor, table: Tensor, below: Tensor, above: Tensor) -> tupl
     """
     scale = torch.where(values < 0, below, above)
     codes = torch.bucketize((values / scale).contiguous(), (table[1:] + table[:-1]) / 2)
-    return codes, table[codes] * scale
+    found = table[codes]
+    return codes, found * torch.where(found < 0, below, above)  # of a sign, 0 is taken to be below
 
 
 @dataclass(frozen=True, eq=False)

@@ -94,6 +94,11 @@ def test_one_bit_of_nothing_is_nothing() -> None:
         Float(scale_dtype="e8m0").check(option, (2, 32))
 
 
+def test_a_weight_of_zero_takes_the_scale_of_the_sign_that_it_gets() -> None:
+    codes, values = nearest(torch.zeros(1), torch.tensor([-1.0, 1.0]), torch.tensor([2.0]), torch.tensor([3.0]))
+    assert values.item() == (-2.0, 3.0)[int(codes)]
+
+
 def test_layers_of_signs_are_multiplied_by_what_can_read_them() -> None:
     choice = choose_backend(spec_of(Float(), Option(1, 32), (64, 64)))
     assert choice.refusals.get("cpu") in (None, "it reads levels of 2 to 4 bits, not 1")
