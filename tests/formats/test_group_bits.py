@@ -38,6 +38,7 @@ def _format(inner: Format | None = None, **options: object) -> GroupBits:
         (_format(), (2, 8)),
         (_format(Integer(symmetric=True, clip_steps=0), spread=2, grouping="salience"), (3,)),
         (_format(AsymmetricFloat(clip_steps=0)), (2,)),
+        (_format(Scaled(inner=Integer(clip_steps=0), steps=1)), (3,)),
     ],
 )
 def test_keeps_the_contract(format: GroupBits, bits: tuple[int, ...]) -> None:
