@@ -48,8 +48,12 @@ FORMATS = {
     "integer, 0.5 % of outliers (SpQR, GWQ)": Family(
         words=["format=outliers"], bits=range(2, 9), ranges="format.inner"
     ),
-    "normal float": Family(words=["format=float"], bits=(2, 3, 4)),
-    "normal float, two scales (AFPQ)": Family(words=["format=asymmetric_float"], bits=(2, 3, 4)),
+    "integer, bits by groups (SliM-LLM)": Family(words=["format=group_bits"], bits=range(2, 8), ranges="format.inner"),
+    "integer, bits by groups of like salience": Family(
+        words=["format=group_bits", "format.grouping=salience"], bits=range(2, 8), ranges="format.inner"
+    ),
+    "normal float": Family(words=["format=float"], bits=(1, 2, 3, 4)),
+    "normal float, two scales (AFPQ)": Family(words=["format=asymmetric_float"], bits=(1, 2, 3, 4)),
     "normal float, two scales, 0.5 % of outliers": Family(
         words=["format=outliers", "format@format.inner=asymmetric_float"], bits=(2, 3, 4), ranges="format.inner"
     ),
@@ -65,6 +69,7 @@ ROTATED = "Hadamard"
 _ROTATED = (
     "integer",
     "integer, 0.5 % of outliers (SpQR, GWQ)",
+    "integer, bits by groups of like salience",
     "normal float",
     "normal float, two scales (AFPQ)",
     "normal float, two scales, 0.5 % of outliers",

@@ -21,7 +21,8 @@ from aptq.run_folder import read_config
 
 Folder = Callable[..., Path]
 MIXED = ["format.formats.integer", "format.formats.asymmetric_float"]
-GROUPED = {"format=mixed": MIXED, "format=scaled": ["format.inner"], "format=outliers": ["format.inner"]}
+INNER = ["format.inner"]
+GROUPED = {"format=mixed": MIXED} | dict.fromkeys(("format=scaled", "format=outliers", "format=group_bits"), INNER)
 """Where formats that are made of others have their group sizes."""
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog, being lazy, lets it. "
 
@@ -306,7 +307,9 @@ def test_weights_and_activations_in_four_bits(overrides: Callable[..., list[str]
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False).shape == (1, 5)
 
 
-@pytest.mark.parametrize("format", ["integer", "vector format.iterations=2 format.refits=0 format.beam=2", "outliers"])
+@pytest.mark.parametrize(
+    "format", ["integer", "vector format.iterations=2 format.refits=0 format.beam=2", "outliers", "group_bits"]
+)
 def test_weights_in_another_basis(format: str, overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     """Scores, plan, audit, pass 2, the check of what was written, a reload, and another export."""
     from aptq.experiment import evaluate, export

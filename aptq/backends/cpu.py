@@ -120,6 +120,6 @@ def _refuses_layout(spec: LayerSpec) -> str | None:
     meaning = meaning_of(spec.format, spec.option)
     if isinstance(meaning, States):
         return f"it reads states of codes of at most 6 bits, not {bits}" if bits > 6 else None
-    if bits > 4 and not isinstance(meaning, Integers):
-        return f"it reads levels of at most 4 bits, not {bits}"
+    if not 2 <= bits <= 4 and not isinstance(meaning, Integers):
+        return f"it reads levels of 2 to 4 bits, not {bits}"
     return None

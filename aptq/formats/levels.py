@@ -26,6 +26,8 @@ from aptq.formats.scales import (
 _FLOATS = {3: (0.0, 1.0, 2.0, 4.0), 4: (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)}
 """Magnitudes of floating-point numbers with a sign, two bits of exponent and none or one of mantissa (e2m0, e2m1)."""
 WIDTHS = {"normal": (2, 3, 4), "fp": tuple(_FLOATS)}
+_SIGNS = (-1.0, 1.0)
+"""Levels of 1 bit; 0 is none of them."""
 
 
 @cache
@@ -78,11 +80,17 @@ class LevelFormat:
         """True of normal floats, since weights in another basis are close to normal (docs/transforms.md)."""
         return self.code == "normal"
 
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        """Bits that there are; a scale of 1 bit is 0 where all weights are, which a power of two cannot be."""
+        one = (1,) if self.code == "normal" and self.scale_dtype != "e8m0" else ()
+        return (*one, *WIDTHS[self.code])
+
     def check(self, option: Option, shape: tuple[int, int]) -> None:
         """Raise ``AptqError`` for bits that the code has not or a meaningless group size; every shape is served."""
         del shape
-        if option.bits not in WIDTHS[self.code]:
-            allowed = ", ".join(map(str, WIDTHS[self.code]))
+        if option.bits not in self._widths:
+            allowed = ", ".join(map(str, self._widths))
             raise AptqError(f"Floats with format.code={self.code} have {allowed} bits; got bits={option.bits}.")
         check_group(option)
 
@@ -90,6 +98,8 @@ class LevelFormat:
         """Fit the scales to a weight ``[heads, rows, in]`` by its range in each group (see the class)."""
         groups = split_groups(weight, option)
         weights = [None] * len(groups) if importance is None else split_groups(importance, option)
+        if option.bits == 1:
+            return self._fit_signs(weight, groups, weights, option)
         high = torch.stack([group.amax(-1) for group in groups], dim=1).clamp(min=0)  # [heads, groups, rows]
         low = torch.stack([-group.amin(-1) for group in groups], dim=1).clamp(min=0)
         if self.asymmetric:
@@ -103,9 +113,35 @@ class LevelFormat:
         scales = self._search(groups, weights, low, high, table, unit, option.bits)
         return LevelGrid(scales, *LevelGrid.places(weight, option), levels=table, unit=unit, format=self)
 
+    def _fit_signs(
+        self, weight: Tensor, groups: list[Tensor], weights: list[Tensor] | list[None], option: Option
+    ) -> LevelGrid:
+        """Fit one level a side: ``s = sum h |w| / sum h`` has the least ``sum h (|w| - s)^2``, and needs no search.
+
+        Source: the scale of XNOR-Net (Rastegari et al. 2016), weighed.
+        """
+        means = []
+        for group, weight_of in zip(groups, weights, strict=True):
+            # What nothing excites counts alike among itself.
+            counted = group.new_ones(1, 1) if weight_of is None else weight_of[:, None].to(group.dtype).clamp(min=1e-30)
+            by_side = [torch.where(group < 0, counted, 0.0), torch.where(group < 0, 0.0, counted)]
+            sums = [(group.abs() * side).sum(-1) for side in by_side]
+            counts = [side.sum(-1) for side in by_side]
+            whole = (sums[0] + sums[1]) / (counts[0] + counts[1])
+            sides = [torch.where(n > 0, s / n, whole) for s, n in zip(sums, counts, strict=True)]
+            means.append(sides if self.asymmetric else [whole, whole])
+        exact = [torch.stack(side, dim=1) for side in zip(*means, strict=True)]
+        unit = scale_unit(torch.maximum(*exact).max(), self.scale_dtype)
+        stored = [stored_scale(each, self.scale_dtype, unit, option.bits) for each in exact]
+        # Where a scale rounds to 0 it is 0, not one unit: there is no level of 0.
+        below, above = (torch.where(to > 2 * of, 0.0, to) for of, to in zip(exact, stored, strict=True))
+        places = LevelGrid.places(weight, option)
+        return LevelGrid((below, above), *places, levels=self._levels(option, weight), unit=unit, format=self)
+
     def _levels(self, option: Option, like: Tensor) -> Tensor:
         dtype = like.dtype if like.dtype == torch.float64 else torch.float32
-        table = levels(self.code, option.bits, own_size=self.scale_dtype in BLOCK_SCALES)
+        own_size = self.scale_dtype in BLOCK_SCALES
+        table = _SIGNS if option.bits == 1 else levels(self.code, option.bits, own_size=own_size)
         return torch.tensor(table, dtype=torch.float32, device=like.device).to(dtype)
 
     def _search(
@@ -198,7 +234,8 @@ def nearest(values: Tensor, table: Tensor, below: Tensor, above: Tensor) -> tupl
     """
     scale = torch.where(values < 0, below, above)
     codes = torch.bucketize((values / scale).contiguous(), (table[1:] + table[:-1]) / 2)
-    return codes, table[codes] * scale
+    found = table[codes]
+    return codes, found * torch.where(found < 0, below, above)  # of a sign, 0 is taken to be below
 
 
 @dataclass(frozen=True, eq=False)

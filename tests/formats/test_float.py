@@ -16,7 +16,7 @@ FORMATS = [Float(), Float(code="fp"), Float(clip_steps=0, scale_dtype="bfloat16"
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_keeps_the_contract(format: Float) -> None:
-    check_format(format, bits=(3, 4) if format.code == "fp" else (2, 3, 4))
+    check_format(format, bits=(3, 4) if format.code == "fp" else (1, 2, 3, 4))
 
 
 @pytest.mark.parametrize("quantizer", [GPTQ(), TwoSided()])
@@ -46,6 +46,6 @@ def test_the_search_lowers_the_error_that_counts() -> None:
 
 
 def test_normal_weights_lose_less_than_on_an_integer_grid() -> None:
-    weight = torch.randn(64, 256)
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     errors = [(weight - _values(format, weight, Option(4, 64))).square().mean() for format in (Float(), Integer())]
     assert errors[0] < errors[1]
