@@ -23,7 +23,7 @@ HELPERS = {"aptq.api", "aptq.errors", "aptq.meaning", "aptq.names", "aptq.packin
 
 ALSO = {
     # Native code has no component's name, and its package stands by itself.
-    "aptq.backends": {"aptq.kernels.cpu", "aptq.kernels.triton"},
+    "aptq.backends": {"aptq.kernels.cpu", "aptq.kernels.cpu.ops", "aptq.kernels.operators", "aptq.kernels.triton"},
     "aptq.transforms": {"aptq.kernels.cpu", "aptq.kernels.operators"},
     # The search for the best codes of a trellis is native code.
     "aptq.formats": {"aptq.kernels.cpu"},
