@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aptq import packing
 from aptq.api import Format
+from aptq.formats.asymmetric_float import AsymmetricFloat
 from aptq.formats.block_clustered import BlockClustered
 from aptq.formats.float import Float
 from aptq.formats.integer import Integer
@@ -228,6 +229,8 @@ def _on_the_cpu() -> object:
         (BlockClustered(num_codebooks=1, scale_dtype="float16"), 4, torch.float32),
         (Float(code="fp", group_size=16, scale_dtype="e4m3"), 4, torch.float32),
         (Float(code="fp", group_size=32, scale_dtype="e8m0"), 4, torch.float16),
+        (Float(group_size=32), 1, torch.float32),
+        (AsymmetricFloat(group_size=32), 1, torch.float32),
         (Integer(symmetric=True, scale_dtype="e4m3"), 5, torch.float32),
         (Vector(bits_2="v8-k32"), 2, torch.float32),
         (Vector(bits_3="v4-k16-16", group_size=20, normalize="none"), 3, torch.float16),
