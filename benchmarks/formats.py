@@ -137,17 +137,17 @@ def table(record: Mapping[str, Any], bits: int) -> tuple[list[str], list[list[st
     known = {row: mine for row, mine in by_row.items() if mine}
     rows = []
     for row, mine in sorted(known.items(), key=lambda item: mean(each["perplexity"][names[0]] for each in item[1])):
-        seconds = mean_of(each["seconds"] for each in mine)
+        times = [mean_of(each.get(key) for each in mine) for key in ("seconds", "cpu_seconds")]
         rows.append(
             [
                 *row.split(": "),
                 str(len(mine)),
                 f"{mean(each['storage_bits'] for each in mine):.3f}",
                 *(mean_and_range([each["perplexity"][name] for each in mine]) for name in names),
-                "" if seconds is None else f"{seconds:.0f}",
+                *("" if seconds is None else f"{seconds:.0f}" for seconds in times),
             ]
         )
-    return ["format", "quantizer", "seeds", "stored bits", *(f"{name} ppl" for name in names), "s"], rows
+    return ["format", "quantizer", "seeds", "stored bits", *(f"{name} ppl" for name in names), "s", "CPU s"], rows
 
 
 def as_markdown(record: Mapping[str, Any]) -> str:
@@ -161,7 +161,7 @@ def as_markdown(record: Mapping[str, Any]) -> str:
         f"{record['sequences']} sequences of {record['length']} tokens of each text; full precision: {told}. Rows "
         "without *min-max* search group ranges; *Hadamard*: rotated inputs (QuIP#, QuaRot). Seconds are the whole "
         "process but for judging, and of runs that had "
-        "the machine for themselves.",
+        "the machine for themselves; CPU seconds are those of the whole process, judging too, on one thread.",
     ]
     for bits in sorted({each["bits"] for each in record["results"]}):
         parts += [f"## {bits} bits", markdown_table(*table(record, bits))]

@@ -114,7 +114,9 @@ def judged_run(
         "audit": metrics.get("audit"),
         "stages": None if options.untimed else stages,
         "seconds": None if options.untimed else taken.seconds - stages.get("evaluate", 0.0),
+        "cpu_seconds": taken.cpu_seconds,
         "peak_rss_bytes": taken.peak_rss_bytes,
+        "machine": machine.sentence(machine.describe()),
         "commit": commit(),
     }
 
@@ -168,9 +170,11 @@ def footer(record: Mapping[str, Any], rows: Mapping[str, Sequence[str]]) -> list
     done = {each["row"] for each in record["results"]}
     overrides = [f"- {row}: `{' '.join(words) or 'defaults'}`" for row, words in rows.items() if row in done]
     commits = ", ".join(sorted({each["commit"] for each in record["results"]}))
+    told = sorted({each["machine"].split(", load")[0] for each in record["results"] if each.get("machine")})
+    earlier = [] if all(each.get("machine") for each in record["results"]) else ["others, not on record, of older rows"]
     return [
         "## How",
         "\n".join(overrides),
-        f"Machine: {machine.sentence(record['machine'])}. Date: {record['date']}. Commits: {commits}.",
+        f"Machines: {'; '.join([*told, *earlier])}. Last run: {record['date']}. Commits: {commits}.",
         f"```\n{record['command']}\n```",
     ]
