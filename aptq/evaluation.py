@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from aptq.api import EvaluationText, Evaluator, TaskEvaluator
+from aptq.api import EvaluationText, Evaluator, TaskEvaluator, judges_texts
 from aptq.data import evaluation_texts
 from aptq.settings import DataSettings
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def needs_texts(evaluator: Evaluator | None) -> bool:
     """Say whether evaluation texts are read for an evaluator (None: nothing is judged)."""
-    return evaluator is not None and (not isinstance(evaluator, TaskEvaluator) or evaluator.needs_texts)
+    return evaluator is not None and judges_texts(evaluator)
 
 
 def check_tasks(evaluator: Evaluator | None) -> None:

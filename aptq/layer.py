@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aptq.api import ActivationQuantizer, AptqError, Backend, Format, LayerSpec, Option, Transform, TransformBackend
+from aptq.api import ActivationQuantizer, AptqError, Backend, Format, LayerSpec, Option, Transform, transforms_inputs
 from aptq.backends.select import Choice, choose_backend
 from aptq.packed import PackedModule
 
@@ -104,8 +104,7 @@ class PackedLinear(PackedModule):
                 self._reads[name] = _PREPACKED + name
                 self.register_buffer(_PREPACKED + name, tensor, persistent=False)
         self.choice, self._requested, self._installed, self._spec = choice, backend, installed, spec
-        itself = isinstance(choice.backend, TransformBackend) and choice.backend.transforms(spec)
-        self._turns = self.transform is not None and not itself
+        self._turns = self.transform is not None and not transforms_inputs(choice.backend, spec)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x W^T + b`` for ``x [..., in]`` (float32, float16 or bfloat16), as ``[..., out]`` in its dtype."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from aptq.codebook_meaning import Blocks, Vectors, blocks_of, codebooks_of, vect
 from aptq.probe import SCALES, dequantized, levels_under_bytes
 
 _BELOW = (0.25, 1.0, 8.0)
+_Told = TypeVar("_Told")
 
 __all__ = [
     "MOST_STATE_BITS",
@@ -105,10 +106,7 @@ def _found(format: Format, option: Option) -> Meaning | None:
     if not two_sided and names != {"qweight", "scales"}:
         return None
     below = {"scales_below": torch.tensor([_BELOW])} if two_sided else {}
-    values = None
-    while values is None and count > 1:  # a format may have fewer levels than codes
-        values = _values(format, option, count, below)
-        count -= values is None
+    values = _of_most_codes(count, lambda most: _values(format, option, most, below))
     if values is None:
         return None
     levels = values[0] / (torch.where(values[0] < 0, _BELOW[0], 1.0) if two_sided else 1.0)
@@ -120,9 +118,19 @@ def _found(format: Format, option: Option) -> Meaning | None:
         return _states_of(format, option)
     if not two_sided and torch.equal(levels, torch.arange(1 << option.bits) - float(1 << (option.bits - 1))):
         return Integers(stored_zeros=False)
+    return Levels(levels=_filled_up(levels, option), two_sided=two_sided)
+
+
+def _of_most_codes(count: int, ask: Callable[[int], _Told | None]) -> _Told | None:
+    """Return what a format tells of its codes, of as many as it has: it may have fewer levels than codes."""
+    return next((told for most in range(count, 1, -1) if (told := ask(most)) is not None), None)
+
+
+def _filled_up(levels: Tensor, option: Option) -> Tensor:
+    """Return a level for each code, 0 for those that the format has not."""
     table = torch.zeros(1 << option.bits)
     table[: len(levels)] = levels
-    return Levels(levels=table, two_sided=two_sided)
+    return table
 
 
 def _values(format: Format, option: Option, count: int, more: dict[str, Tensor]) -> Tensor | None:
@@ -161,15 +169,11 @@ def _levels_of_bytes(format: Format, option: Option, names: set[str]) -> Levels 
     """Return the levels of codes whose scales are bytes: those under a byte that then stands for 1."""
     if not {"qweight", "scales"} <= names <= {"qweight", "scales", "scale_unit"}:
         return None
-    count, found = 1 << option.bits, None
-    while found is None and count > 1:  # a format may have fewer levels than codes
-        found = levels_under_bytes(format, option, torch.arange(count), {"scale_unit": torch.ones(1)})
-        count -= found is None
+    unit = {"scale_unit": torch.ones(1)}
+    found = _of_most_codes(1 << option.bits, lambda most: levels_under_bytes(format, option, torch.arange(most), unit))
     if found is None:
         return None
-    table = torch.zeros(1 << option.bits)
-    table[:count] = found[0]
-    return Levels(levels=table, two_sided=False, scale_values=found[1])
+    return Levels(levels=_filled_up(found[0], option), two_sided=False, scale_values=found[1])
 
 
 def _agree(values: Tensor | None, levels: Tensor) -> bool:

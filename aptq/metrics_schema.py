@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from aptq.api import STANDARD_ERROR
 from aptq.errors import AptqError
-
-ERROR = "_stderr"
-"""What the key of a measure's standard errors ends with."""
-
-
-MEAN = "mean"
-"""Name of an evaluator's mean over its tasks, beside their names."""
 
 
 def check_metrics(metrics: Mapping[str, Any]) -> None:
@@ -47,8 +41,19 @@ def measures(metrics: Mapping[str, Any]) -> list[str]:
         if isinstance(value, Mapping)
         and key not in others
         and not key.startswith("baseline_")
-        and not (key.endswith(ERROR) and key.removesuffix(ERROR) in metrics)
+        and not (key.endswith(STANDARD_ERROR) and key.removesuffix(STANDARD_ERROR) in metrics)
     ]
+
+
+Scored = dict[str, tuple[float | None, float | None]]
+"""Figures by text or task, each with its standard error; None: not finite, or not known."""
+
+
+def scored(metrics: Mapping[str, Any], measure: str, original: bool = False) -> Scored:
+    """Return the figures of a measure, of the quantized model or of the original one; empty where it was not judged."""
+    key = f"baseline_{measure}" if original else measure
+    errors = metrics.get(f"{key}{STANDARD_ERROR}", {})
+    return {name: (value, errors.get(name)) for name, value in metrics.get(key, {}).items()}
 
 
 def finite(value: Any) -> Any:

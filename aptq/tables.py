@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from aptq.benchmark import Result
-from aptq.metrics_schema import ERROR, measures
+from aptq.metrics_schema import measures, scored
 from aptq.plan import option_labels
-from aptq.report.words import difference
+from aptq.report.words import difference, measured
 from aptq.run import Run
 
 
@@ -26,15 +26,14 @@ def print_summary(run: Run, report: Path) -> None:
     for heading in ("", "original", "quantized", "change"):
         table.add_column(heading, justify="left" if not heading else "right")
     for measure in measures(metrics):
-        before, errors = metrics.get(f"baseline_{measure}", {}), metrics.get(f"{measure}{ERROR}", {})
-        errors_before = metrics.get(f"baseline_{measure}{ERROR}", {})
-        for name, after in metrics[measure].items():
-            old, error = before.get(name), errors.get(name)
+        originals = scored(metrics, measure, original=True)
+        for name, (after, error) in scored(metrics, measure).items():
+            before, error_before = originals.get(name, (None, None))
             table.add_row(
                 f"{measure} on {name}",
-                _figure(old, errors_before.get(name)),
+                _figure(before, error_before),
                 _figure(after, error),
-                _change(old, after) if error is None else difference(old, after),
+                _change(before, after) if error is None else difference(before, after),
             )
     sizes = metrics["bytes"]
     table.add_row("size (MB)", f"{sizes['original'] / 1e6:.1f}", f"{sizes['model'] / 1e6:.1f}", _times(sizes))
@@ -75,9 +74,8 @@ def print_measures(found: Mapping[str, Mapping[str, float]], model: str) -> None
     for heading in ("measure", "text or task", "value"):
         table.add_column(heading, justify="right" if heading == "value" else "left")
     for measure in measures(found):
-        errors = found.get(f"{measure}{ERROR}", {})
-        for name, value in found[measure].items():
-            table.add_row(measure, name, _figure(value, errors.get(name)))
+        for name, (value, error) in scored(found, measure).items():
+            table.add_row(measure, name, _figure(value, error))
     Console().print(table)
 
 
@@ -123,7 +121,7 @@ def print_benchmark(found: Result, folder: Path) -> None:
 def _figure(value: float | None, error: float | None = None) -> str:
     if value is None:
         return "-"
-    return f"{value:.2f}" if error is None else f"{value:.4f} ± {error:.4f}"
+    return f"{value:.2f}" if error is None else measured(value, error)
 
 
 def _change(before: float | None, after: float | None) -> str:

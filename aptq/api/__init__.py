@@ -45,6 +45,7 @@ from aptq.api.execution import (
     Backend,
     LayerSpec,
     TransformBackend,
+    transforms_inputs,
 )
 from aptq.api.model import (
     Block,
@@ -53,6 +54,8 @@ from aptq.api.model import (
     Option,
 )
 from aptq.api.results import (
+    MEAN_OF_TASKS,
+    STANDARD_ERROR,
     ActivationExporter,
     Callback,
     EmbeddingExporter,
@@ -64,6 +67,7 @@ from aptq.api.results import (
     StoredEmbedding,
     TaskEvaluator,
     TransformExporter,
+    judges_texts,
 )
 from aptq.api.rounding import (
     DriftQuantizer,
@@ -91,6 +95,8 @@ from aptq.errors import (
 )
 
 __all__ = [
+    "MEAN_OF_TASKS",
+    "STANDARD_ERROR",
     "ActivationBackend",
     "ActivationExporter",
     "ActivationQuantizer",
@@ -150,4 +156,6 @@ __all__ = [
     "TransformExporter",
     "TransformFormat",
     "format_of",
+    "judges_texts",
+    "transforms_inputs",
 ]

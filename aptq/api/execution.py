@@ -69,3 +69,8 @@ class TransformBackend(Backend, Protocol):
 
     def transforms(self, spec: LayerSpec) -> bool:
         """Return whether it does for a layer with a transform that it does not refuse."""
+
+
+def transforms_inputs(backend: Backend, spec: LayerSpec) -> bool:
+    """Return whether a backend transforms a layer's inputs itself; False where there is no transform."""
+    return spec.transform is not None and isinstance(backend, TransformBackend) and backend.transforms(spec)

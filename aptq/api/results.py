@@ -148,9 +148,21 @@ class TaskEvaluator(Evaluator, Protocol):
     ) -> dict[str, dict[str, float]]:
         """Return ``{measure: {task: value}}``; report ``progress(task, share done)`` on the way.
 
-        Of a measure ``x`` that has standard errors, ``x_stderr`` holds those. The model's mode and the tokenizer are
-        the same afterwards.
+        Of a measure ``x`` that has standard errors, ``x_stderr`` (``STANDARD_ERROR``) holds those; a mean over tasks is
+        named ``MEAN_OF_TASKS``. The model's mode and the tokenizer are the same afterwards.
         """
+
+
+STANDARD_ERROR = "_stderr"
+"""What the key of a measure's standard errors ends with, as in lm-evaluation-harness."""
+
+MEAN_OF_TASKS = "mean"
+"""Name of an evaluator's mean over its tasks, beside their names."""
+
+
+def judges_texts(evaluator: Evaluator) -> bool:
+    """Return whether an evaluator judges by evaluation texts: all do but those whose tasks are all that they have."""
+    return not isinstance(evaluator, TaskEvaluator) or evaluator.needs_texts
 
 
 @dataclass(frozen=True, kw_only=True)

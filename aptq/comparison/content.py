@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from aptq.metrics_schema import ERROR, measures
+from aptq.metrics_schema import Scored, measures, scored
 from aptq.run import Run
 from aptq.run_folder import differences
 
@@ -15,8 +15,8 @@ _BUDGETS = ("allocator.budget", "allocator.bits", "allocator.ratio")
 """What a curve runs along; runs that differ in nothing else are on one."""
 
 
-Scores = dict[str, dict[str, tuple[float | None, float | None]]]
-"""Figures and their standard errors, by measure and text or task; perplexity is not among them."""
+Scores = dict[str, Scored]
+"""By measure; perplexity is not among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def collect(runs: Sequence[Run]) -> Comparison:
             storage_bits=figures["bits"]["storage"],
             model_bytes=figures["bytes"]["model"],
             perplexity=figures["perplexity"],
-            scores=_scores(figures),
+            scores=_scores(figures, original=False),
             spearman=(figures.get("audit") or {}).get("spearman"),
             seconds=sum(figures["seconds"].values()),
             peak_rss_bytes=figures["peak_rss_bytes"],
@@ -89,7 +89,7 @@ def collect(runs: Sequence[Run]) -> Comparison:
         for run, figures in zip(runs, metrics, strict=True)
     ]
     baselines = [each["baseline_perplexity"] for each in metrics if each["baseline_perplexity"]]
-    scores = [found for each in metrics if (found := _scores(each, "baseline_"))]
+    scores = [found for each in metrics if (found := _scores(each, original=True))]
     same_model = not any(key.startswith(("model.", "evaluator.", "data.evaluation")) for key in keys)
     components = ("hessian", "metric", "allocator", "format", "quantizer")
     return Comparison(
@@ -102,15 +102,10 @@ def collect(runs: Sequence[Run]) -> Comparison:
     )
 
 
-def _scores(metrics: Mapping[str, Any], prefix: str = "") -> Scores:
-    """Return the measures but perplexity, with their standard errors; with a prefix, those of the original."""
-    found: Scores = {}
-    for measure in measures(metrics):
-        if measure == "perplexity" or f"{prefix}{measure}" not in metrics:
-            continue
-        errors = metrics.get(f"{prefix}{measure}{ERROR}", {})
-        found[measure] = {name: (value, errors.get(name)) for name, value in metrics[f"{prefix}{measure}"].items()}
-    return found
+def _scores(metrics: Mapping[str, Any], original: bool) -> Scores:
+    """Return the measures but perplexity that a model was judged by."""
+    judged = (measure for measure in measures(metrics) if not original or f"baseline_{measure}" in metrics)
+    return {measure: scored(metrics, measure, original) for measure in judged if measure != "perplexity"}
 
 
 def _is_setting(key: str) -> bool:

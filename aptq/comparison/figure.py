@@ -9,7 +9,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from aptq.metrics_schema import MEAN
+from aptq.api import MEAN_OF_TASKS
 from aptq.report.figures import png
 
 if TYPE_CHECKING:
@@ -87,11 +87,11 @@ def _panels(content: Comparison) -> list[_Panel]:
         for text in content.texts
     ]
     for measure, names in content.judged.items():
-        for name in names if len(names) == 1 else [each for each in names if each == MEAN]:
+        for name in names if len(names) == 1 else [each for each in names if each == MEAN_OF_TASKS]:
             found = [row.scores.get(measure, {}).get(name, (None, None)) for row in content.rows]
             panels.append(
                 _Panel(
-                    title=f"{name} of the tasks" if name == MEAN else name,
+                    title=f"{name} of the tasks" if name == MEAN_OF_TASKS else name,
                     measure=measure,
                     figures={index: (value, error) for index, (value, error) in enumerate(found) if value is not None},
                     full=content.baseline_scores.get(measure, {}).get(name, (None, None))[0],

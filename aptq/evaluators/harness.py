@@ -16,15 +16,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from aptq.api import AptqError
+from aptq.api import MEAN_OF_TASKS, STANDARD_ERROR, AptqError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
-
-MEAN = "mean"
-"""Name of the mean over tasks, beside theirs."""
 
 
 def load_tasks(names: Sequence[str], include_path: Path | None) -> dict[str, list[Any]]:
@@ -205,7 +202,7 @@ def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
         metric, comma, how = key.partition(",")
         if not comma or isinstance(value, bool) or not isinstance(value, int | float):
             continue  # a name, an alias, or an error that the harness does not know ("N/A")
-        base = metric.removesuffix("_stderr")
+        base = metric.removesuffix(STANDARD_ERROR)
         numbers[(base if how == "none" else f"{base},{how}") + metric[len(base) :]] = float(value)
     return numbers
 
@@ -214,13 +211,13 @@ def _with_means(measures: Mapping[str, Mapping[str, float]]) -> dict[str, dict[s
     """Add the plain mean over tasks to each measure of several, with its standard error: tasks are independent."""
     result = {measure: dict(values) for measure, values in measures.items()}
     for measure, values in measures.items():
-        base = measure.removesuffix("_stderr")
+        base = measure.removesuffix(STANDARD_ERROR)
         if len(values) < 2:
             continue
         if base == measure:
-            result[measure][MEAN] = sum(values.values()) / len(values)
+            result[measure][MEAN_OF_TASKS] = sum(values.values()) / len(values)
         elif values.keys() == measures.get(base, {}).keys():
-            result[measure][MEAN] = math.sqrt(sum(error**2 for error in values.values())) / len(values)
+            result[measure][MEAN_OF_TASKS] = math.sqrt(sum(error**2 for error in values.values())) / len(values)
     return result
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aptq.api import AptqError, EvaluationText, Evaluator, TaskEvaluator
+from aptq.api import AptqError, EvaluationText, Evaluator, TaskEvaluator, judges_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,11 +70,7 @@ class Several:
 
     @property
     def _with_texts(self) -> dict[str, Evaluator]:
-        return {
-            name: each
-            for name, each in self.evaluators.items()
-            if not isinstance(each, TaskEvaluator) or each.needs_texts
-        }
+        return {name: each for name, each in self.evaluators.items() if judges_texts(each)}
 
 
 def _joined(found: Iterable[tuple[str, _Measures]]) -> _Measures:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aptq.api import LayerReport, Option
-from aptq.metrics_schema import ERROR, measures
+from aptq.metrics_schema import measures, scored
 from aptq.names import place
 from aptq.plan import option_labels
 from aptq.report.sensitivity import Audit, Costs, TradeOff, audit_of, trade_off
@@ -182,21 +182,20 @@ def _stages(metrics: Mapping[str, Any]) -> list[Stage]:
 def _judged(metrics: Mapping[str, Any]) -> list[Judged]:
     found = []
     for measure in measures(metrics):
-        after, before = metrics[measure], metrics.get(f"baseline_{measure}", {})
-        errors = [metrics.get(f"{prefix}{measure}{ERROR}", {}) for prefix in ("baseline_", "")]
-        for text in dict.fromkeys([*after, *before]):
-            if text in after:
-                found.append(
-                    Judged(
-                        measure=measure,
-                        text=text,
-                        before=before.get(text),
-                        after=after[text],
-                        has_before=text in before,
-                        before_error=errors[0].get(text),
-                        after_error=errors[1].get(text),
-                    )
+        originals = scored(metrics, measure, original=True)
+        for text, (after, after_error) in scored(metrics, measure).items():
+            before, before_error = originals.get(text, (None, None))
+            found.append(
+                Judged(
+                    measure=measure,
+                    text=text,
+                    before=before,
+                    after=after,
+                    has_before=text in originals,
+                    before_error=before_error,
+                    after_error=after_error,
                 )
+            )
     return found
 
 

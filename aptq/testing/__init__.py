@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from aptq.testing.activations import check_activation
 from aptq.testing.allocation import check_allocator, check_metric
+from aptq.testing.evaluators import check_evaluator
 from aptq.testing.formats import check_format
-from aptq.testing.models import check_evaluator, check_hessian
+from aptq.testing.models import check_hessian
 from aptq.testing.transforms import check_transform
 from aptq.testing.weights import check_backend, check_quantizer
 

@@ -1,12 +1,10 @@
-"""Do estimators and evaluators keep their promises on a running model."""
+"""Do estimators keep their promises on a running block."""
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +14,15 @@ from aptq.api import (
     BlockInputs,
     CurvatureSum,
     DriftEstimator,
-    EvaluationText,
-    Evaluator,
     GuidedEstimator,
     HessianEstimator,
     Layer,
     SequentialEstimator,
-    TaskEvaluator,
 )
 from aptq.models.structure import LinearLayer
 from aptq.testing.assertions import expect, expect_equal
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = ["check_evaluator", "check_hessian", "tiny_block", "tiny_inputs"]
+__all__ = ["check_hessian", "hooks_of", "tiny_block", "tiny_inputs"]
 
 
 class TinyAttention(nn.Module):
@@ -189,7 +181,7 @@ def _split(inputs: BlockInputs, size: int) -> list[BlockInputs]:
 
 def _observe(estimator: HessianEstimator, block: Block, batches: Sequence[BlockInputs]) -> dict[str, CurvatureSum]:
     """Return copies of the sums, after checking that observing changed nothing else."""
-    hooks, weights = _hooks(block.module), {name: each.clone() for name, each in block.module.state_dict().items()}
+    hooks, weights = hooks_of(block.module), {name: each.clone() for name, each in block.module.state_dict().items()}
     with torch.no_grad():
         expected = [batch.run(block.module) for batch in batches]
     given = [batch.hidden.clone() for batch in batches]
@@ -205,14 +197,14 @@ def _observe(estimator: HessianEstimator, block: Block, batches: Sequence[BlockI
             )
             for name, each in observer.sums().items()
         }
-    expect(_hooks(block.module) == hooks, "The estimator leaves hooks on the block.")
+    expect(hooks_of(block.module) == hooks, "The estimator leaves hooks on the block.")
     for name, tensor in block.module.state_dict().items():
         expect_equal(tensor, weights[name], f"{name} of the block after observation")
     expect(all(each.grad is None for each in block.module.parameters()), "The estimator leaves gradients on the block.")
     return sums
 
 
-def _hooks(module: nn.Module) -> list[int]:
+def hooks_of(module: nn.Module) -> list[int]:
     """Return the ids of all hooks of a module and its children."""
     return [
         key
@@ -273,88 +265,11 @@ def _check_close(actual: Mapping[str, CurvatureSum], expected: Mapping[str, Curv
 
 def _check_failure(estimator: HessianEstimator, block: Block, inputs: BlockInputs) -> None:
     """Hooks have to go when the pass fails too."""
-    hooks = _hooks(block.module)
+    hooks = hooks_of(block.module)
     try:
         with torch.no_grad(), estimator.observe(block) as observer:
             observer(inputs)
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         pass
-    expect(_hooks(block.module) == hooks, "The estimator leaves hooks on the block when the pass is interrupted.")
-
-
-# --------------------------------------------------------------------------------------------------- evaluators
-
-
-def check_evaluator(
-    evaluator: Evaluator,
-    model: PreTrainedModel,
-    *,
-    length: int = 256,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> None:
-    """Check an evaluator on a small model and two texts of random tokens, and on its tasks where it has some.
-
-    Args:
-        evaluator: what to check.
-        model: runs within seconds.
-        length: of the texts, in tokens.
-        tokenizer: the model's; a ``TaskEvaluator`` needs it.
-
-    Raises:
-        AssertionError: a promise of ``aptq.api.Evaluator`` or ``TaskEvaluator`` is broken.
-    """
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = int(model.config.vocab_size)
-    texts = [
-        EvaluationText(name=name, tokens=torch.randint(vocabulary, (length,), generator=generator))
-        for name in ("a", "b")
-    ]
-    if not isinstance(evaluator, TaskEvaluator) or evaluator.needs_texts:
-        found = _judge_twice("evaluate", lambda progress: evaluator.evaluate(model, texts, progress), model, ("a", "b"))
-        for measure, values in found.items():
-            expect(set(values) == {"a", "b"}, f"{measure} has values for {sorted(values)}; the texts are a and b.")
-    if isinstance(evaluator, TaskEvaluator):
-        expect(tokenizer is not None, "An evaluator with tasks is checked with a tokenizer: tokenizer=...")
-        assert tokenizer is not None
-        before = (len(tokenizer), dict(tokenizer.special_tokens_map))
-        tasks, tasks_of = tuple(evaluator.tasks), evaluator.evaluate_tasks
-        evaluator.check()
-        found = _judge_twice("evaluate_tasks", lambda progress: tasks_of(model, tokenizer, progress), model, tasks)
-        for measure in found:
-            base = measure.removesuffix("_stderr")
-            expect(
-                base == measure or set(found[measure]) <= set(found.get(base, ())),
-                f"{measure} has standard errors of what {base} has no figures of.",
-            )
-        after = (len(tokenizer), dict(tokenizer.special_tokens_map))
-        expect(after == before, "evaluate_tasks() changes the tokenizer.")
-
-
-def _judge_twice(
-    method: str,
-    judge: Callable[[Callable[[str, float], None]], dict[str, dict[str, float]]],
-    model: PreTrainedModel,
-    names: Sequence[str],
-) -> dict[str, dict[str, float]]:
-    """Return what an evaluator says of a model, once it is seen that it says so again and leaves the model alone."""
-    weights = {name: each.clone() for name, each in model.state_dict().items()}
-    training, hooks, reported = model.training, _hooks(model), []
-    results = judge(lambda name, share: reported.append((name, share)))
-    expect(bool(results), f"{method}() returns no measure.")
-    for measure, values in results.items():
-        for name, value in values.items():
-            expect(isinstance(value, float) and math.isfinite(value), f"{measure} of {name} is {value!r}.")
-    for name in names:
-        shares = [share for part, share in reported if part == name]
-        expect(
-            shares == sorted(shares) and bool(shares) and shares[0] >= 0 and shares[-1] <= 1,
-            f"progress of {name}: {shares}.",
-        )
-    strange = sorted({name for name, _ in reported} - set(names))
-    expect(not strange, f"{method}() reports progress of {', '.join(strange)}, not only of {', '.join(names)}.")
-    expect(judge(lambda name, share: None) == results, "A second call gives other results.")
-    expect(model.training == training and _hooks(model) == hooks, f"{method}() leaves the model in another state.")
-    for name, tensor in model.state_dict().items():
-        expect_equal(tensor, weights[name], f"{name} of the model after {method}()")
-    return results
+    expect(hooks_of(block.module) == hooks, "The estimator leaves hooks on the block when the pass is interrupted.")

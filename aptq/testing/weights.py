@@ -20,7 +20,7 @@ from aptq.api import (
     Quantizer,
     Rounded,
     Transform,
-    TransformBackend,
+    transforms_inputs,
 )
 from aptq.testing.assertions import (
     Shape,
@@ -212,14 +212,13 @@ def _check_product(backend: Backend, spec: LayerSpec) -> None:
     stored = {name: tensor.to(spec.device) for name, tensor in spec.format.pack(quantized, spec.option).items()}
     before = {name: tensor.clone() for name, tensor in stored.items()}
     tensors = backend.prepack(stored, spec)
-    itself = isinstance(backend, TransformBackend) and spec.transform is not None and backend.transforms(spec)
     generator = torch.Generator().manual_seed(11)
     for size in ((), (1,), (0,), (17,), (2, 3)):
         x = torch.randn(*size, spec.in_features, generator=generator).to(spec.dtype).to(spec.device)
         wide = x.double().cpu()
         if spec.transform is not None:
             wide = spec.transform.apply(wide)
-            x = x if itself else spec.transform.apply(x)
+            x = x if transforms_inputs(backend, spec) else spec.transform.apply(x)
         given = x.clone()
         product = backend.matmul(x, tensors, spec)
         expect(

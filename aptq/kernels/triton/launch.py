@@ -84,17 +84,16 @@ def _tensors(weight: Weight) -> list[Tensor]:
     """Return the kernels' pointers; what a weight has not is never read."""
     if isinstance(weight, VectorWeight):
         optional = [weight.residual_indices, weight.residual_codebook, weight.row_scales, weight.column_scales]
-        return _filled([weight.indices, weight.codebook, *optional])
+        return [weight.indices, *_filled(weight.codebook, optional)]
     if weight.states is not None:
         return [weight.qweight, weight.scales, weight.states]
     first = (weight.scale_values, weight.selectors) if weight.kind == "blocks" else (weight.below, weight.zeros)
-    return _filled([weight.qweight, weight.scales, *first, weight.levels])
+    return [weight.qweight, *_filled(weight.scales, (*first, weight.levels))]
 
 
-def _filled(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return tensors with the second one in place of None, which is a float as most of them are."""
-    (instead,) = [each for each in tensors[1:2] if each is not None]
-    return [instead if each is None else each for each in tensors]
+def _filled(first: Tensor, others: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return the first of some tensors and the others, with it in place of those that are None."""
+    return [first, *(first if each is None else each for each in others)]
 
 
 def _by_parts(x: Tensor, weight: Weight, config: Config, processors: int) -> Tensor:

@@ -108,7 +108,8 @@ def triton_vectors_matmul(
 
 
 def _fake_of_vectors(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rest[-3])
+    *_, out_features, _group, _table = rest
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 def _product(x: Tensor, weight: PackedWeight | VectorWeight, table: str) -> Tensor:
