@@ -69,14 +69,19 @@ def describe() -> dict[str, object]:
     }
 
 
-def sentence(machine: dict[str, object]) -> str:
-    """Return the machine in one line for a table's caption."""
+def kind(machine: dict[str, object]) -> str:
+    """Return the machine in one line, whatever else it did."""
     features = machine["cpu_features"]
     assert isinstance(features, list)
     return (
         f"{machine['cpu']} ({', '.join(features) or 'no vector flags known'}), {machine['cores']} cores, "
-        f"{machine['memory_gib']} GiB, {machine['system']}, load before the run {machine['load_before']}"
+        f"{machine['memory_gib']} GiB, {machine['system']}"
     )
+
+
+def sentence(machine: dict[str, object]) -> str:
+    """Return the machine and its load in one line for a table's caption."""
+    return f"{kind(machine)}, load before the run {machine['load_before']}"
 
 
 def is_busy(machine: dict[str, object]) -> bool:

@@ -116,7 +116,7 @@ def judged_run(
         "seconds": None if options.untimed else taken.seconds - stages.get("evaluate", 0.0),
         "cpu_seconds": taken.cpu_seconds,
         "peak_rss_bytes": taken.peak_rss_bytes,
-        "machine": machine.sentence(machine.describe()),
+        "machine": machine.kind(machine.describe()),
         "commit": commit(),
     }
 
@@ -170,8 +170,9 @@ def footer(record: Mapping[str, Any], rows: Mapping[str, Sequence[str]]) -> list
     done = {each["row"] for each in record["results"]}
     overrides = [f"- {row}: `{' '.join(words) or 'defaults'}`" for row, words in rows.items() if row in done]
     commits = ", ".join(sorted({each["commit"] for each in record["results"]}))
-    told = sorted({each["machine"].split(", load")[0] for each in record["results"] if each.get("machine")})
-    earlier = [] if all(each.get("machine") for each in record["results"]) else ["others, not on record, of older rows"]
+    known = [each.get("machine") for each in record["results"]]
+    told = sorted({machine.kind(record["machine"]), *filter(None, known)})
+    earlier = [] if all(known) else ["of rows that do not say, perhaps others"]
     return [
         "## How",
         "\n".join(overrides),
