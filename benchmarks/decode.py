@@ -40,8 +40,8 @@ def main() -> None:
     if options.serve:
         _serve(options)
         return
-    processes = {name: _start(options, *how) for name, how in CONTESTANTS.items()}
-    rates: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    processes = {name: _start(options, *CONTESTANTS[name]) for name in options.contestants}
+    rates: dict[str, list[float]] = {name: [] for name in processes}
     told: dict[str, dict[str, Any]] = {}
     for done in range(options.rounds + 1):
         for name, process in processes.items():
@@ -67,7 +67,7 @@ def main() -> None:
                 "weight_bytes": told[name]["weight_bytes"],
                 "text": told[name]["text"],
             }
-            for name in CONTESTANTS
+            for name in processes
         },
         "machine": machine.describe(),
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
@@ -88,6 +88,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=machine.usable_cores())
     parser.add_argument("--compile", action="store_true", help="decode with torch.compile, all contestants alike")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME")
     parser.add_argument("--output", type=Path, default=RESULTS, help="of the table, without a suffix")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()

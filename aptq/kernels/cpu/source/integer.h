@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdlib>
 
+#include "dot.h"
 #include "problem.h"
 
 constexpr int MOST_ROWS = 4;  // of activations that share one reading of the codes
@@ -96,35 +97,32 @@ static void multiply(const Tile& tile, const Layer& layer, int64_t units, const 
     constexpr int accumulators = D * ROWS, most = LANES == 16 ? 12 : 6;
     constexpr int vectors = accumulators * 2 > most ? 1 : accumulators * 4 > most ? 2 : TILE / LANES;
     for (int first = 0; first < TILE; first += vectors * LANES) {
-        Ints sum[vectors][accumulators];
+        Dot<BITS> sum[vectors][accumulators];
         for (int v = 0; v < vectors; v++) {
             Words zero = tile.zeros ? spread<BITS>(tile.zeros, groups_of(layer), first + v * LANES)
                                     : splat((uint32_t)1 << (BITS - 1));
             for (int d = 0; d < D; d++)
                 for (int m = 0; m < ROWS; m++)  // a sum of digits has 15 bits and a sign
-                    sum[v][d * ROWS + m] = dot_pairs(Ints{}, (Ints)zero, splat(-sums[m * D + d] & 0xFFFF));
+                    sum[v][d * ROWS + m].total = dot_pairs(Ints{}, (Ints)zero, splat(-sums[m * D + d] & 0xFFFF));
         }
         const int32_t* x = quads;
         const uint32_t* words = tile.words + first;
         for (int64_t unit = 0; unit < units; unit++) {
-            Words held[vectors][BITS];
-            for (int v = 0; v < vectors; v++)
-                for (int r = 0; r < BITS; r++) held[v][r] = load<Words>(words + r * tile.stride + v * LANES);
-            words += BITS * tile.stride;
             each<QUADS>([&](auto j) {
                 for (int v = 0; v < vectors; v++) {
-                    Words codes = quad<BITS, j.value>(held[v]);
-                    for (int a = 0; a < accumulators; a++) sum[v][a] = dot<BITS>(sum[v][a], codes, splat(x[a]));
+                    Words codes = quad<BITS, j.value>(Unit{words + v * LANES, tile.stride});
+                    for (int a = 0; a < accumulators; a++) sum[v][a].template add<j.value>(codes, splat(x[a]));
                 }
                 x += accumulators;
             });
+            words += BITS * tile.stride;
         }
         for (int v = 0; v < vectors; v++) {
             int column = first + v * LANES;
             Floats scale = load_floats(tile.scales, layer.scale_type, column);
             for (int m = 0; m < ROWS; m++) {
-                Floats total = to_floats(sum[v][(D - 1) * ROWS + m]);
-                for (int d = D - 2; d >= 0; d--) total = total * 256.0f + to_floats(sum[v][d * ROWS + m]);
+                Floats total = to_floats(sum[v][(D - 1) * ROWS + m].total);
+                for (int d = D - 2; d >= 0; d--) total = total * 256.0f + to_floats(sum[v][d * ROWS + m].total);
                 float* place = y + m * stride + column;
                 store(place, load<Floats>(place) + total * (scale * steps[m * chunks]));
             }

@@ -1,4 +1,6 @@
 // Products with packed weights; the C ABI that aptq/kernels/cpu/library.py binds.
+#include <algorithm>
+
 #include "dense.h"
 #include "integer.h"
 #include "pool.h"
@@ -19,10 +21,19 @@ struct Buffer {
     Buffer& operator=(const Buffer&) = delete;
 };
 
-constexpr int64_t STRIP = 1024, LEAST_STRIP = 128;  // outputs that a thread takes at once
+constexpr int64_t STRIP = 1024, LEAST_STRIP = 96;  // outputs that a thread takes at once
 constexpr int64_t STRIPS_PER_THREAD = 4;
 constexpr int64_t SLAB = 64;  // rows whose digits of a chunk stay in the cache
 constexpr int64_t WORTH_SHARING = 1 << 16;  // activations, to make digits of on several threads
+
+// Rough nanoseconds of one thread with AVX2.
+static int64_t digits_time(int64_t activations) { return activations * 5; }
+static int64_t rotation_time(int64_t activations) { return activations * 12; }
+static int64_t integers_time(int64_t products) { return products / 20; }
+static int64_t levels_time(int64_t products) { return products / 6; }
+static int64_t states_time(int64_t products) { return products / 2; }
+static int64_t dense_time(int64_t weights) { return weights; }
+static int64_t path_time(int64_t weights, int64_t states) { return weights * states; }
 
 static void write_output(const float* sums, int64_t stride, int64_t rows, Range range, void* y, int64_t type, int64_t n) {
     int64_t count = range.end - range.begin;
@@ -38,13 +49,18 @@ static void write_output(const float* sums, int64_t stride, int64_t rows, Range 
     }
 }
 
-// Call `work(range, sums, stride)` for strips of outputs, and write what it adds up.
+// Call `work(range, sums, stride)` for strips of outputs, and write what it adds up; `time` is that of so many products.
 template <class Work>
-static void in_strips(const Layer& layer, int64_t rows, void* y, int64_t type, int64_t threads, const Work& work) {
-    int64_t width = STRIP;
-    while (width > LEAST_STRIP && ceil_div(layer.outputs, width) < STRIPS_PER_THREAD * threads) width -= TILE;
-    if (threads == 1) width = ceil_div(layer.outputs, TILE) * TILE;
-    in_parallel(ceil_div(layer.outputs, width), threads, [&](int64_t part) {
+static void in_strips(const Layer& layer, int64_t rows, void* y, int64_t type, int64_t threads,
+                      int64_t time(int64_t products), const Work& work) {
+    int64_t tiles = ceil_div(layer.outputs, TILE), parts = 1;
+    if (threads > 1) {  // as many for each thread
+        int64_t each = std::clamp(tiles * TILE / (LEAST_STRIP * threads), (int64_t)1, STRIPS_PER_THREAD);
+        parts = std::max(each * threads, ceil_div(tiles * TILE, STRIP));
+    }
+    int64_t width = ceil_div(tiles, parts) * TILE;
+    int64_t nanoseconds = time(rows * layer.inputs * layer.outputs);
+    in_parallel(ceil_div(layer.outputs, width), threads, nanoseconds, [&](int64_t part) {
         Range range{part * width, part * width + width};
         if (range.end > layer.outputs) range.end = layer.outputs;
         Buffer<float> sums(rows * width);
@@ -60,9 +76,10 @@ static void integers(const Layer& layer, const void* x, void* y, int64_t rows, i
     Buffer<int32_t> held(rows * quads * D), sums(rows * chunks * D);
     Buffer<float> steps(rows * chunks);
     Digits digits{held.data, steps.data, sums.data};
-    in_parallel(chunks, rows * layer.inputs < WORTH_SHARING ? 1 : threads,
+    int64_t activations = rows * layer.inputs, shared = activations < WORTH_SHARING ? 1 : threads;
+    in_parallel(chunks, shared, digits_time(activations),
                 [&](int64_t index) { digitize<D>(layer, x, type, rows, index, digits); });
-    in_strips(layer, rows, y, type, threads, [&](Range range, float* to, int64_t stride) {
+    in_strips(layer, rows, y, type, threads, integers_time, [&](Range range, float* to, int64_t stride) {
         multiply_range<BITS, D>(layer, digits, rows, range, to, stride);
     });
 }
@@ -72,7 +89,7 @@ static void rotate(const Rotation& rotation, const void* x, void* y, int64_t row
                    int64_t threads) {
     int64_t slabs = rows * width < WORTH_SHARING ? 1 : ceil_div(rows, SLAB);
     int64_t each = ceil_div(rows, slabs);
-    in_parallel(slabs, threads, [&](int64_t slab) {
+    in_parallel(slabs, threads, rotation_time(rows * width), [&](int64_t slab) {
         Buffer<float> held(width), sums(width);
         for (int64_t row = slab * each; row < rows && row < (slab + 1) * each; row++)
             rotate_row(rotation, x, type, row * width, width, held.data, sums.data, y);
@@ -104,7 +121,7 @@ struct FloatRows {
 template <int BITS>
 static void levels(const Layer& layer, const void* x, void* y, int64_t rows, int64_t type, int64_t threads) {
     FloatRows floats(layer, x, rows, type);
-    in_strips(layer, rows, y, type, threads, [&](Range range, float* to, int64_t stride) {
+    in_strips(layer, rows, y, type, threads, levels_time, [&](Range range, float* to, int64_t stride) {
         multiply_levels_range<BITS>(layer, floats.values.data, floats.width, rows, range, to, stride);
     });
 }
@@ -130,7 +147,7 @@ extern "C" {
 
 // Whether a product of bytes is one instruction.
 int64_t aptq_fast_bytes() {
-#if (defined(APTQ_AVX512) && defined(__AVX512VNNI__)) || (!defined(APTQ_AVX512) && defined(__AVXVNNI__))
+#ifdef APTQ_BYTE_DOT
     return 1;
 #else
     return 0;
@@ -146,7 +163,7 @@ void aptq_rotate(const Rotation* rotation, const void* x, void* y, int64_t rows,
 // codes [columns, rows]: of the path of least error for each column of values and scales [columns, rows]; see trellis.h.
 void aptq_trellis(const float* values, const float* scales, const float* table, uint8_t* codes, int64_t columns,
                   int64_t rows, int64_t bits, int64_t state_bits, int64_t threads) {
-    in_parallel(columns, threads, [&](int64_t column) {
+    in_parallel(columns, threads, path_time(columns * rows, (int64_t)1 << state_bits), [&](int64_t column) {
         by_bits(bits, [&](auto width) {
             best_path<width.value>(values + column * rows, scales + column * rows, table, rows, state_bits,
                                    codes + column * rows);
@@ -159,7 +176,7 @@ void aptq_trellis_multiply(const Layer* layer, const States* states, const Rotat
                            int64_t rows, int64_t type, int64_t threads) {
     Inputs inputs(rotation, *layer, x, rows, type, threads);
     FloatRows floats(*layer, inputs.rows, rows, type);
-    in_strips(*layer, rows, y, type, threads, [&](Range range, float* to, int64_t stride) {
+    in_strips(*layer, rows, y, type, threads, states_time, [&](Range range, float* to, int64_t stride) {
         by_bits<6>(layer->bits, [&](auto bits) {
             auto run = states->pairs ? multiply_states_range<bits.value, true> : multiply_states_range<bits.value, false>;
             run(*layer, *states, floats.values.data, floats.width, rows, range, to, stride);
@@ -170,7 +187,8 @@ void aptq_trellis_multiply(const Layer* layer, const States* states, const Rotat
 // As aptq_dense, for values of states.
 void aptq_trellis_dense(const Layer* layer, const States* states, int64_t begin, int64_t end, void* to, int64_t stride,
                         int64_t type, int64_t threads) {
-    in_parallel(ceil_div(end - begin, TILE), threads, [&](int64_t part) {
+    int64_t nanoseconds = dense_time((end - begin) * layer->inputs);
+    in_parallel(ceil_div(end - begin, TILE), threads, nanoseconds, [&](int64_t part) {
         Range range{begin + part * TILE, begin + (part + 1) * TILE};
         if (range.end > end) range.end = end;
         char* place = (char*)to + part * TILE * size_of(type);
@@ -201,7 +219,8 @@ void aptq_multiply(const Layer* layer, const Rotation* rotation, const void* x, 
 // is room for whole tiles: inputs and `stride` are the next multiples of 32.
 void aptq_dense(const Layer* layer, int64_t begin, int64_t end, void* to, int64_t stride, int64_t type,
                 int64_t threads) {
-    in_parallel(ceil_div(end - begin, TILE), threads, [&](int64_t part) {
+    int64_t nanoseconds = dense_time((end - begin) * layer->inputs);
+    in_parallel(ceil_div(end - begin, TILE), threads, nanoseconds, [&](int64_t part) {
         Range range{begin + part * TILE, begin + (part + 1) * TILE};
         if (range.end > end) range.end = end;
         char* place = (char*)to + part * TILE * size_of(type);

@@ -24,9 +24,16 @@ static inline Words shifted(Words words) {
     return words;
 }
 
+// A unit's words of some outputs, loaded as they are needed: registers are few.
+struct Unit {
+    const uint32_t* words;
+    int64_t stride;
+    Words operator[](int index) const { return load<Words>(words + index * stride); }
+};
+
 // Bring a secondary plane's bits of quad J to bit LOW of each byte.
 template <int PRIMARY, int WIDTH, int LOW, int FIRST, int J>
-static inline Words secondary(const Words* words) {
+static inline Words secondary(const Unit& words) {
     constexpr int per_word = 8 / PRIMARY, r = J / per_word, s = J % per_word;
     constexpr int slots = 2 * PRIMARY / WIDTH, c = 2 * r + s % 2;
     constexpr int right = 2 * PRIMARY * (s / 2) + WIDTH * (c % slots);
@@ -35,7 +42,7 @@ static inline Words secondary(const Words* words) {
 
 // Return quad J of a unit: four codes in the bytes of each lane, whose inputs `input_of` tells.
 template <int BITS, int J>
-static inline Words quad(const Words* words) {
+static inline Words quad(const Unit& words) {
     constexpr int P = primary(BITS), S = second(BITS), per_word = 8 / P;
     Words codes = shifted<P * (J % per_word)>(words[J / per_word]);
     if constexpr (P < 8) codes = codes & bytes((1u << P) - 1);

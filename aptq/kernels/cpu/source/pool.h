@@ -1,5 +1,6 @@
 // Threads that help with a job while it lasts. Nobody waits for a thread that has not begun: where the other cores are
-// busy, or a process was forked and has no other threads, the caller does all of the work itself.
+// busy, or a process was forked and has no other threads, the caller does all of the work itself. So it does where all
+// sleep and waking them would take longer than they save.
 #pragma once
 
 #include <immintrin.h>
@@ -28,8 +29,8 @@ class Pool {
     std::mutex mutex;
     std::condition_variable wake;
     std::shared_ptr<Job> job;
-    std::atomic<int64_t> posted{0};
-    int64_t threads = 0, sleeping = 0;
+    std::atomic<int64_t> posted{0}, awake{0};
+    int64_t threads = 0;
 
     void serve(int64_t index) {
         int64_t seen = 0;
@@ -38,9 +39,9 @@ class Pool {
             std::shared_ptr<Job> mine;
             {
                 std::unique_lock<std::mutex> lock(mutex);
-                sleeping++;
+                awake--;
                 wake.wait(lock, [&] { return posted.load() != seen; });
-                sleeping--;
+                awake++;
                 seen = posted.load();
                 mine = job;
             }
@@ -55,29 +56,32 @@ class Pool {
         return *pool;
     }
 
-    void run(int64_t parts, int64_t workers, void (*work)(const void*, int64_t), const void* context) {
+    // Return false, with nothing done, where all threads sleep and are not to be woken.
+    bool run(int64_t parts, int64_t workers, bool wakes, void (*work)(const void*, int64_t), const void* context) {
+        if (!wakes && awake.load(std::memory_order_relaxed) <= 0) return false;
         auto mine = std::make_shared<Job>();
         mine->run = work, mine->context = context, mine->parts = parts, mine->helpers = workers - 1;
         {
             std::lock_guard<std::mutex> lock(mutex);
-            for (; threads < workers - 1; threads++) std::thread(&Pool::serve, this, threads).detach();
+            for (; threads < workers - 1; threads++, awake++) std::thread(&Pool::serve, this, threads).detach();
             job = mine;
             posted.fetch_add(1, std::memory_order_release);
-            if (sleeping) wake.notify_all();
+            if (wakes && awake.load() < threads) wake.notify_all();
         }
         mine->work();
         while (mine->done.load(std::memory_order_acquire) < parts) _mm_pause();
+        return true;
     }
 };
 
-// Call `work(part)` for each part below `parts`, on at most `threads` threads.
+constexpr int64_t WORTH_WAKING = 100'000;  // nanoseconds of one thread: others take some 30'000 to wake
+
+// Call `work(part)` for each part below `parts`, on at most `threads` threads; all of it takes one of them some
+// `nanoseconds`.
 template <class Work>
-static void in_parallel(int64_t parts, int64_t threads, const Work& work) {
+static void in_parallel(int64_t parts, int64_t threads, int64_t nanoseconds, const Work& work) {
     if (threads > parts) threads = parts;
-    if (threads <= 1) {
-        for (int64_t part = 0; part < parts; part++) work(part);
-        return;
-    }
-    Pool::shared().run(
-        parts, threads, [](const void* context, int64_t part) { (*(const Work*)context)(part); }, &work);
+    auto run = [](const void* context, int64_t part) { (*(const Work*)context)(part); };
+    if (threads > 1 && Pool::shared().run(parts, threads, nanoseconds >= WORTH_WAKING, run, &work)) return;
+    for (int64_t part = 0; part < parts; part++) work(part);
 }

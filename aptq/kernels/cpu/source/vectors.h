@@ -114,12 +114,15 @@ static inline Ints dot_pairs(Ints sums, Ints left, Ints right) {
     return sums + (Ints)_mm512_madd_epi16((__m512i)left, (__m512i)right);
 #endif
 }
-#ifndef __AVX512VNNI__
-static inline Ints dot_small(Words codes, Ints x) {
-    __m512i pairs = _mm512_maddubs_epi16((__m512i)codes, (__m512i)x);
-    return (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#ifdef __AVX512VNNI__
+#define APTQ_BYTE_DOT 1
+static inline Ints dot_bytes(Ints sums, Words codes, Ints x) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)x);
 }
 #endif
+static inline Halves byte_pairs(Words codes, Ints x) {
+    return (Halves)_mm512_maddubs_epi16((__m512i)codes, (__m512i)x);
+}
 #else
 static inline Floats from_halves(const uint16_t* halves) {
     return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)halves));
@@ -175,27 +178,16 @@ static inline void gather_pairs(const float* table, Words index, Floats& low, Fl
 static inline Ints dot_pairs(Ints sums, Ints left, Ints right) {
     return sums + (Ints)_mm256_madd_epi16((__m256i)left, (__m256i)right);
 }
-#ifndef __AVXVNNI__
-static inline Ints dot_small(Words codes, Ints x) {
-    __m256i pairs = _mm256_maddubs_epi16((__m256i)codes, (__m256i)x);
-    return (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-}
-#endif
-#endif
-
-// sums + the products of four unsigned codes and four signed bytes, added; exact.
-template <int BITS>
-static inline Ints dot(Ints sums, Words codes, Ints x) {
-#if defined(APTQ_AVX512) && defined(__AVX512VNNI__)
-    return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)x);
-#elif !defined(APTQ_AVX512) && defined(__AVXVNNI__)
+#ifdef __AVXVNNI__
+#define APTQ_BYTE_DOT 1
+static inline Ints dot_bytes(Ints sums, Words codes, Ints x) {
     return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, (__m256i)x);
-#else
-    if constexpr (BITS < 8) return sums + dot_small(codes, x);
-    // Pairs of products with codes above 127 do not fit into 16 bits: the highest bit goes by itself.
-    return sums + dot_small(codes & bytes(0x7F), x) + (dot_small((codes >> 7) & bytes(1), x) << 7);
-#endif
 }
+#endif
+static inline Halves byte_pairs(Words codes, Ints x) {
+    return (Halves)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x);
+}
+#endif
 
 // Round to bfloat16, ties to even; NaN stays NaN.
 static inline void store_bfloats(uint16_t* to, Floats floats) {
