@@ -53,11 +53,9 @@ static void write_output(const float* sums, int64_t stride, int64_t rows, Range 
 template <class Work>
 static void in_strips(const Layer& layer, int64_t rows, void* y, int64_t type, int64_t threads,
                       int64_t time(int64_t products), const Work& work) {
-    int64_t tiles = ceil_div(layer.outputs, TILE), parts = 1;
-    if (threads > 1) {  // as many for each thread
-        int64_t each = std::clamp(tiles * TILE / (LEAST_STRIP * threads), (int64_t)1, STRIPS_PER_THREAD);
-        parts = std::max(each * threads, ceil_div(tiles * TILE, STRIP));
-    }
+    int64_t tiles = ceil_div(layer.outputs, TILE);
+    int64_t each = std::clamp(tiles * TILE / (LEAST_STRIP * threads), (int64_t)1, STRIPS_PER_THREAD);
+    int64_t parts = std::max(each * threads, ceil_div(tiles * TILE, STRIP));  // as many for each thread
     int64_t width = ceil_div(tiles, parts) * TILE;
     int64_t nanoseconds = time(rows * layer.inputs * layer.outputs);
     in_parallel(ceil_div(layer.outputs, width), threads, nanoseconds, [&](int64_t part) {
