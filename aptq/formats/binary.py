@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ class Binary:
     Scales have the least squared error weighed by ``h_j``: one is the mean magnitude, two are those of the best break
     point between small and large magnitudes (``salient_scales="split"``). ``two_pass`` has those of salient inputs by
     binarizing twice, as published: the values ``-+ a1 -+ a2`` are four of the same kind. ``centre`` takes the mean of
-    each group off first, which is stored; without it, it is 0.
+    each group off first, which is stored; without it, it is 0. ``refits`` runs of quantizers that feed errors back are
+    made on scales fitted to the columns as they were met in the run before.
 
     Stored for a layer ``[out, in]`` are ``signs``, a bit a weight; ``magnitudes``, a bit for each weight that has two
     scales; ``scales``, ``scales_high`` and ``means`` in ``scale_dtype`` for each output and group that has them; and
@@ -53,6 +54,7 @@ class Binary:
     salient: float = 0.05
     salient_scales: str = "split"
     centre: bool = False
+    refits: int = 1
     scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
@@ -62,6 +64,8 @@ class Binary:
         if self.salient_scales not in _SALIENT_SCALES:
             allowed = ", ".join(_SALIENT_SCALES)
             raise AptqError(f"format.salient_scales={self.salient_scales!r} is not known; use one of {allowed}.")
+        if self.refits < 0:
+            raise AptqError(f"format.refits={self.refits} is not allowed; use 0 (none) or more.")
         if self.scale_dtype not in FLOATS:
             raise AptqError(f"format.scale_dtype={self.scale_dtype!r} is not known; use one of {', '.join(FLOATS)}.")
 
@@ -88,7 +92,7 @@ class Binary:
         squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).square()  # [heads, in]
         salient = (squares * counted).sum(0).topk(self._count(width)).indices.sort().values
         tables = self._fit_scales(weight, _groups(salient, option, width), option, counted)
-        return BinaryGrid.around(tables, salient, width, self, option)
+        return BinaryGrid.around(tables, salient, self, option, counted)
 
     def _fit_scales(
         self, weight: Tensor, groups: Sequence[Tensor], option: Option, counted: Tensor
@@ -137,8 +141,9 @@ class Binary:
     def grid(self, quantized: QuantizedWeight, option: Option) -> BinaryGrid:
         """Return the grid that a stored weight lies on; see ``aptq.api.RoundableFormat``."""
         tables = tuple(each[None] for each in self._tables(quantized.parameters))
-        salient = quantized.parameters[SALIENT].long()
-        return BinaryGrid.around(tables, salient, quantized.codes.shape[1], self, option)
+        width = quantized.codes.shape[1]
+        counted = torch.ones(1, width, dtype=torch.float64, device=quantized.codes.device)
+        return BinaryGrid.around(tables, quantized.parameters[SALIENT].long(), self, option, counted)
 
     def pack(self, quantized: QuantizedWeight, option: Option) -> dict[str, Tensor]:
         """Return ``signs`` and ``magnitudes`` (planar32, 1 bit), the parameters, and which inputs are salient."""
@@ -181,18 +186,28 @@ class BinaryGrid(GroupedGrid):
     salient: Tensor  # [count], int64, rising
     format: Binary
     option: Option
+    counted: Tensor  # [heads, in], in the natural order: weights of squared errors
+    refits: int  # that are left
 
     @classmethod
     def around(
-        cls, tables: tuple[Tensor, ...], salient: Tensor, width: int, format: Binary, option: Option
+        cls, tables: tuple[Tensor, ...], salient: Tensor, format: Binary, option: Option, counted: Tensor
     ) -> BinaryGrid:
         """Return the grid of means and scales ``[heads, groups, rows]``, columns in their natural order."""
-        group = torch.empty(width, dtype=torch.int64, device=salient.device)
-        for at, columns in enumerate(_groups(salient, option, width)):
-            group[columns] = at
-        order = torch.arange(width, device=salient.device)
-        heads = len(tables[0])
-        return cls(tables, group.expand(heads, -1), order.expand(heads, -1), salient, format, option)
+        group = torch.empty(counted.shape, dtype=torch.int64, device=counted.device)
+        for at, columns in enumerate(_groups(salient, option, counted.shape[1])):
+            group[:, columns] = at
+        order = torch.arange(counted.shape[1], device=counted.device).expand(len(counted), -1)
+        return cls(tables, group, order, salient, format, option, counted, format.refits)
+
+    def refit(self, columns: Tensor) -> BinaryGrid | None:
+        """Return the grid of scales fitted to what error feedback made of the columns; see ``aptq.api.RefitGrid``."""
+        if not self.refits:
+            return None
+        met = torch.empty_like(columns).scatter_(1, self.order.unsqueeze(-1).expand_as(columns), columns)
+        groups = _groups(self.salient, self.option, columns.shape[1])
+        tables = self.format._fit_scales(met.transpose(1, 2), groups, self.option, self.counted)
+        return replace(self, parameters=tables, refits=self.refits - 1)
 
     def round(self, values: Tensor, position: int | slice) -> tuple[Tensor, Tensor]:
         """Round columns to the nearest of their values; see ``aptq.api.Grid.round``."""

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aptq.api import AptqError, Curvature, Format, Option
+from aptq.api import AptqError, Curvature, Format, Option, RefitGrid
 from aptq.backends.select import choose_backend
 from aptq.calibration.quantize import storage_bits
-from aptq.formats.binary import Binary
+from aptq.formats.binary import Binary, BinaryGrid
 from aptq.formats.float import Float
 from aptq.formats.group_bits import GroupBits
 from aptq.formats.integer import Integer
@@ -120,6 +120,25 @@ def test_two_bits_lose_less_than_integers_of_more_storage() -> None:
     assert _quantized(Binary(), GPTQ(), option) < 0.9 * _quantized(Integer(), GPTQ(), Option(2, 64))
 
 
+def test_scales_fitted_anew_to_what_feedback_made_of_columns_lose_less() -> None:
+    errors = [_quantized(Binary(refits=refits), GPTQ(), Option(1, -1)) for refits in (0, 1)]
+    assert errors[1] < errors[0]
+
+
+def test_a_refit_takes_columns_in_any_order_and_ends() -> None:
+    weight, importance = _problem(heads=2)
+    grid = Binary().fit(weight, Option(2, 64), importance)
+    assert isinstance(grid, RefitGrid)
+    met = weight.transpose(1, 2) * 1.5
+    order = torch.stack([torch.randperm(256, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)])
+    natural, permuted = grid.refit(met), grid.permuted(order).refit(met.gather(1, order[..., None].expand_as(met)))
+    assert isinstance(natural, BinaryGrid)
+    assert isinstance(permuted, BinaryGrid)
+    assert all(torch.equal(*both) for both in zip(natural.parameters, permuted.parameters, strict=True))
+    assert torch.equal(permuted.order, order)
+    assert natural.refit(met) is None
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 9), st.integers(1, 80)),
@@ -169,6 +188,8 @@ def test_options_that_cannot_be_are_refused() -> None:
         Binary(salient=1.5)
     with pytest.raises(AptqError, match="use one of split, two_pass"):
         Binary(salient_scales="greedy")
+    with pytest.raises(AptqError, match="refits=-1"):
+        Binary(refits=-1)
     with pytest.raises(AptqError, match="group_size=0"):
         Binary(group_size=0)
     with pytest.raises(AptqError, match="scale_dtype"):
