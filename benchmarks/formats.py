@@ -59,6 +59,18 @@ FORMATS = {
     ),
     "floating point": Family(words=["format=float", "format.code=fp"], bits=(3, 4)),
     "floating point, two scales (AFPQ)": Family(words=["format=asymmetric_float", "format.code=fp"], bits=(3, 4)),
+    "binary (BiLLM)": Family(words=["format=binary"], bits=(1, 2), ranges=None),
+    "binary, groups and scales as published (BiLLM)": Family(
+        words=[
+            "format=binary",
+            "format.group_size=128",
+            "format.salient=0.1",
+            "format.salient_scales=two_pass",
+            "format.centre=true",
+        ],
+        bits=(1, 2),
+        ranges=None,
+    ),
     "trellis (QTIP, EXL3)": Family(words=["format=trellis"], bits=range(1, 7), ranges=None),
     "vector codebooks (VPTQ)": Family(words=["format=vector"], bits=(1, 2, 3, 4), ranges=None),
     "block codebooks (LO-BCQ)": Family(words=["format=block_clustered"], bits=(4,), ranges=None),
@@ -73,6 +85,7 @@ _ROTATED = (
     "normal float",
     "normal float, two scales (AFPQ)",
     "normal float, two scales, 0.5 % of outliers",
+    "binary (BiLLM)",
     "trellis (QTIP, EXL3)",
     "vector codebooks (VPTQ)",
     "block codebooks (LO-BCQ)",
@@ -156,8 +169,8 @@ def as_markdown(record: Mapping[str, Any]) -> str:
     parts = [
         "# Formats and quantizers",
         f"{record['model']} in float32, every layer at the same width, groups of 64 (vectors: one codebook a layer; "
-        f"trellis: one scale an output; NVFP4 16, MXFP4 32); {record['samples']} calibration samples of "
-        f"{record['length']} tokens, perplexity on "
+        "trellis, binary: whole rows, binary as published: 128; NVFP4 16, MXFP4 32); "
+        f"{record['samples']} calibration samples of {record['length']} tokens, perplexity on "
         f"{record['sequences']} sequences of {record['length']} tokens of each text; full precision: {told}. Rows "
         "without *min-max* search group ranges; *Hadamard*: rotated inputs (QuIP#, QuaRot). Seconds are the whole "
         "process but for judging, and of runs that had "
