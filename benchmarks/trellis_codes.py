@@ -24,12 +24,14 @@ from rich.console import Console
 from tables import as_rich, markdown_table
 from torch import Tensor
 
-from aptq.formats.trellis_code import BITS, STATE_BITS, best_codes, best_scale, quantiles, states_of, values_of_states
+from aptq.formats.trellis_code import BITS, STATE_BITS, best_codes, best_scale, states_of, values_of_states
+from aptq.kernels.quantiles import quantiles
 
 HERE = Path(__file__).resolve().parent
 LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499, 6: 0.0006442}
 """Of the best scalar quantizers (Max, 1960; Jayant and Noll, 1984, table 4.2)."""
-_SCALES = (0.96, 0.98, 1.0, 1.02, 1.04, 1.06, 1.08, 1.10, 1.12, 1.14)
+_USUAL = 1.44
+_SCALES = tuple(round(1.2 + 0.02 * step, 2) for step in range(21))
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,8 +62,8 @@ def search(bits: int, state_bits: int, tries: int) -> tuple[float, int, float]:
     """Return the least error, its multiplier and its scale, of so many multipliers."""
     few, more = normal(10, 576, seed=7), normal(40, 1024, seed=8)
     chosen = random.Random(state_bits * bits).sample(range(1, 1 << state_bits, 2), tries)
-    ranked = sorted((error(few, quantiles(each, state_bits), bits, 1.04), each) for each in chosen)[:8]
-    _, best = min((error(more, quantiles(each, state_bits), bits, 1.04), each) for _, each in ranked)
+    ranked = sorted((error(few, quantiles(each, state_bits), bits, _USUAL), each) for each in chosen)[:8]
+    _, best = min((error(more, quantiles(each, state_bits), bits, _USUAL), each) for _, each in ranked)
     return min((error(more, quantiles(best, state_bits), bits, scale), best, scale) for scale in _SCALES)
 
 

@@ -26,7 +26,7 @@ ALSO = {
     "aptq.backends": {"aptq.kernels.cpu", "aptq.kernels.cpu.ops", "aptq.kernels.operators", "aptq.kernels.triton"},
     "aptq.transforms": {"aptq.kernels.cpu", "aptq.kernels.operators"},
     # The search for the best codes of a trellis is native code.
-    "aptq.formats": {"aptq.kernels.cpu"},
+    "aptq.formats": {"aptq.kernels.cpu", "aptq.kernels.quantiles"},
     # Which module is the attention, and which layers are in it, is read from the model in one place.
     "aptq.hessians": {"aptq.models.structure"},
     # Inputs are rounded by the functions on tensors that weights are rounded by.

@@ -13,7 +13,7 @@ from torch import Tensor
 from aptq import packing
 from aptq.api import AptqError, LayerSpec, RotationTransform
 from aptq.backends.planar import FLOATS, refuses_dtype, unreadable
-from aptq.kernels.cpu import ARCHITECTURES, FOLDER, load_kernels, ops, table_of_states
+from aptq.kernels.cpu import ARCHITECTURES, FOLDER, load_kernels, ops, read_states
 from aptq.kernels.operators import plain
 from aptq.meaning import Integers, Levels, States, meaning_of
 
@@ -74,7 +74,7 @@ class Cpu:
         read = dict(tensors)
         meaning = meaning_of(spec.format, spec.option)
         if isinstance(meaning, States):
-            read["states"] = _shared_table(meaning, spec.option.bits)
+            read["states"] = _read_states(meaning)
         elif isinstance(meaning, Levels):
             table = torch.zeros(16)
             table[: len(meaning.levels)] = meaning.levels
@@ -99,9 +99,9 @@ class Cpu:
 
 
 @lru_cache(maxsize=64)
-def _shared_table(meaning: States, bits: int) -> Tensor:
-    """Return one table for all layers of a kind, which the cache then holds once."""
-    return table_of_states(meaning.values, bits)
+def _read_states(meaning: States) -> Tensor:
+    """Return what is read of states, one tensor for all layers of a kind."""
+    return read_states(meaning.values)
 
 
 def _group(spec: LayerSpec) -> int:

@@ -12,16 +12,6 @@ LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499, 6: 0.00
 """Least mean squared error of scalar quantizers of normally distributed values (Max 1960; Jayant and Noll 1984)."""
 
 
-@pytest.mark.parametrize("state_bits", STATE_BITS)
-@pytest.mark.parametrize("bits", BITS)
-def test_values_are_those_of_a_normal_distribution(bits: int, state_bits: int) -> None:
-    values = values_of_states(bits, state_bits)
-    assert values.shape == (1 << state_bits,)
-    assert len(values.unique()) == 1 << state_bits
-    assert float(values.mean()) == pytest.approx(0, abs=1e-6)
-    assert float(values.square().mean()) == pytest.approx(1, rel=1e-6)
-
-
 @pytest.mark.parametrize(("bits", "state_bits"), [(1, 10), (3, 10), (4, 10), (4, 12), (5, 12)])
 def test_a_state_is_the_last_bits_of_the_codes(bits: int, state_bits: int) -> None:
     codes = torch.randint(0, 1 << bits, (2, 17), dtype=torch.uint8)

@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from aptq import packing
 from aptq.api import AptqError
 from aptq.backends.cpu import Cpu
 from aptq.formats.trellis_code import states_of
-from aptq.kernels.cpu import load_kernels, ops, table_of_states
+from aptq.kernels.cpu import load_kernels, ops, read_states
 from aptq.kernels.cpu.build import build
 from aptq.kernels.cpu.library import TYPES, Packed, Turn
+from aptq.kernels.quantiles import quantiles
 from aptq.transforms.hadamard import Hadamard
 
 FOLDER = Cpu().cache_dir
@@ -128,15 +130,23 @@ def test_opcheck(leading: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def random_states(
-    out_features: int, in_features: int, bits: int, group: int, state_bits: int, *, seed: int = 0
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group: int,
+    state_bits: int,
+    *,
+    computed: bool = False,
+    seed: int = 0,
 ) -> tuple[Packed, Tensor]:
-    """Return a packed layer of values of states, any values, and its dense weight in float64."""
+    """Return a packed layer of values of states, any values or computed ones, and its dense weight in float64."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << bits, (out_features, in_features), generator=generator)
     scales = (torch.rand(-(-in_features // group), out_features, generator=generator) + 0.01).half()
-    values = torch.randn(1 << state_bits, generator=generator)
-    table = table_of_states(values, bits)
-    layer = Packed(packing.pack(codes, bits), scales, None, None, None, in_features, group, table)
+    values = quantiles(seed * 2 + 7, state_bits) if computed else torch.randn(1 << state_bits, generator=generator)
+    states = read_states(values)
+    assert (states.dtype == torch.int32) == computed
+    layer = Packed(packing.pack(codes, bits), scales, None, None, None, in_features, group, states)
     dense = values.double()[states_of(codes.T.contiguous(), bits, state_bits)].T
     return layer, dense * scales.double().repeat_interleave(group, 0)[:in_features].T
 
@@ -150,6 +160,7 @@ def random_states(
     state_bits=st.integers(8, 12),
     rows=st.integers(1, 9),
     dtype=st.sampled_from(list(TYPES)),
+    computed=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_any_shape_of_states(
@@ -160,9 +171,10 @@ def test_any_shape_of_states(
     state_bits: int,
     rows: int,
     dtype: torch.dtype,
+    computed: bool,
     seed: int,
 ) -> None:
-    layer, dense = random_states(out_features, in_features, bits, group, state_bits, seed=seed)
+    layer, dense = random_states(out_features, in_features, bits, group, state_bits, computed=computed, seed=seed)
     x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(seed)).to(dtype)
     y = load_kernels("native", FOLDER).multiply(x, layer, 0)
     exact, spread = x.double() @ dense.T, x.double().abs() @ dense.abs().T
@@ -173,8 +185,8 @@ def test_any_shape_of_states(
 @pytest.mark.parametrize("bits", range(1, 7))
 def test_dense_strips_of_states_are_the_weight(bits: int, dtype: torch.dtype) -> None:
     kernels = load_kernels("native", FOLDER)
-    for state_bits in (10, 12):
-        layer, dense = random_states(70, 45, bits, 32, state_bits)
+    for state_bits, computed in product((8, 10, 12), (False, True)):
+        layer, dense = random_states(70, 45, bits, 32, state_bits, computed=computed)
         room = torch.full((64, 64), float("nan"), dtype=dtype)
         for begin, end in ((0, 64), (64, 70), (32, 70)):
             strip = kernels.dense(layer, begin, end, room)
@@ -184,7 +196,7 @@ def test_dense_strips_of_states_are_the_weight(bits: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", list(TYPES))
 @pytest.mark.parametrize("leading", [(), (3,), (2, 1, 5)])
 def test_opcheck_of_states(leading: tuple[int, ...], dtype: torch.dtype) -> None:
-    layer, _ = random_states(40, 70, 3, 32, 10)
+    layer, _ = random_states(40, 70, 3, 32, 10, computed=dtype == torch.float32)
     x = torch.randn(*leading, 70).to(dtype)
     for turn in ((None, None), turn_of(70)):
         given = x, layer.qweight, layer.scales, layer.states, *turn, 32, "native", FOLDER

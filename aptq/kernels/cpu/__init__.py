@@ -2,7 +2,7 @@
 
 from aptq.kernels.cpu import ops
 from aptq.kernels.cpu.build import ARCHITECTURES
-from aptq.kernels.cpu.library import FOLDER, TYPES, Library, Turn, kernels_for, load_kernels, table_of_states
+from aptq.kernels.cpu.library import FOLDER, TYPES, Library, Turn, kernels_for, load_kernels, read_states
 
 __all__ = [
     "ARCHITECTURES",
@@ -13,5 +13,5 @@ __all__ = [
     "kernels_for",
     "load_kernels",
     "ops",
-    "table_of_states",
+    "read_states",
 ]

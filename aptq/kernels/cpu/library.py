@@ -12,14 +12,12 @@ from torch import Tensor
 
 from aptq.errors import AptqError
 from aptq.kernels.cpu.build import build
+from aptq.kernels.quantiles import multiplier_of
 
 _log = logging.getLogger(__name__)
 
 TILE = 32
 """Outputs that the kernels compute together."""
-
-_MOST_PAIRS = 1 << 13
-"""Entries of the largest table of pairs, 64 KiB: larger ones lose more in the caches than they save in lookups."""
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The kernels' numbers of the dtypes that they read and write."""
@@ -41,7 +39,7 @@ class _Layer(ctypes.Structure):
 class _States(ctypes.Structure):
     """``struct States`` of source/trellis_product.h."""
 
-    _fields_ = (("values", _POINTER), ("bits", _INT), ("pairs", _INT))
+    _fields_ = (("values", _POINTER), ("computed", _POINTER), ("bits", _INT))
 
 
 class _Rotation(ctypes.Structure):
@@ -60,7 +58,7 @@ class Packed(NamedTuple):
     levels: Tensor | None  # float32 [16]: what codes stand for; None: integers
     in_features: int
     group: int  # inputs that share a scale, a multiple of 32
-    states: Tensor | None = None  # float32, as ``table_of_states`` gives it; None: codes stand for something themselves
+    states: Tensor | None = None  # as ``read_states`` gives them; None: codes stand for something themselves
 
     @property
     def out_features(self) -> int:
@@ -86,9 +84,8 @@ class Packed(NamedTuple):
         """Return what the kernels for states take besides; None where codes stand for something themselves."""
         if self.states is None:
             return None
-        pairs = self.states.dim() == 2
-        bits = len(self.states).bit_length() - 1 - (self.qweight.shape[1] if pairs else 0)
-        return _states(self.states.data_ptr(), bits, pairs)
+        at, table = self.states.data_ptr(), self.states.dtype == torch.float32
+        return _states(at, None, len(self.states).bit_length() - 1) if table else _states(None, at, 0)
 
 
 class Turn(NamedTuple):
@@ -110,7 +107,7 @@ def _layer(*fields: int | None) -> Reference:
 
 
 @lru_cache(maxsize=256)
-def _states(*fields: int) -> Reference:
+def _states(*fields: int | None) -> Reference:
     return ctypes.byref(_States(*fields))
 
 
@@ -119,16 +116,16 @@ def _rotation(*fields: int) -> Reference:
     return ctypes.byref(_Rotation(*fields))
 
 
-def table_of_states(values: Tensor, bits: int) -> Tensor:
-    """Return the table that the kernels look values ``[2^state_bits]`` of states up in, for codes of a width.
+def read_states(values: Tensor) -> Tensor:
+    """Return what the kernels read of values ``[2^state_bits]`` of states.
 
-    Where it stays small it has the values of two neighbouring outputs, ``[2^(bits + state_bits), 2]``, by the bits that
-    their states have together: one lookup for two.
+    They compute those of ``aptq.kernels.quantiles``, of which they take multiplier and bits of a state, int32 ``[2]``;
+    others they look up, float32 as they are.
     """
-    if len(values) << bits > _MOST_PAIRS:
+    multiplier = multiplier_of(values)
+    if multiplier is None:
         return values.contiguous()
-    index = torch.arange(len(values) << bits)
-    return torch.stack([values[index >> bits], values[index & (len(values) - 1)]], dim=1)
+    return torch.tensor([multiplier, len(values).bit_length() - 1], dtype=torch.int32)
 
 
 class Library:

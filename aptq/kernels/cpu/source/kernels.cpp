@@ -176,7 +176,7 @@ void aptq_trellis_multiply(const Layer* layer, const States* states, const Rotat
     FloatRows floats(*layer, inputs.rows, rows, type);
     in_strips(*layer, rows, y, type, threads, states_time, [&](Range range, float* to, int64_t stride) {
         by_bits<6>(layer->bits, [&](auto bits) {
-            auto run = states->pairs ? multiply_states_range<bits.value, true> : multiply_states_range<bits.value, false>;
+            auto run = states->computed ? multiply_states_range<bits.value, true> : multiply_states_range<bits.value, false>;
             run(*layer, *states, floats.values.data, floats.width, rows, range, to, stride);
         });
     });
@@ -192,7 +192,7 @@ void aptq_trellis_dense(const Layer* layer, const States* states, int64_t begin,
         char* place = (char*)to + part * TILE * size_of(type);
         by_bits<6>(layer->bits, [&](auto bits) {
             constexpr int B = bits.value;
-            auto run = states->pairs ? (type == FLOAT32 ? write_states<B, FLOAT32, true> : write_states<B, BFLOAT16, true>)
+            auto run = states->computed ? (type == FLOAT32 ? write_states<B, FLOAT32, true> : write_states<B, BFLOAT16, true>)
                                      : (type == FLOAT32 ? write_states<B, FLOAT32, false> : write_states<B, BFLOAT16, false>);
             run(*layer, *states, range, place, stride);
         });

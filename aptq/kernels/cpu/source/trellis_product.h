@@ -1,17 +1,18 @@
 // Weights whose values are those of states (aptq/formats/trellis.py): the codes of an output and of the outputs before
-// it, the latest in the lowest bits, choose a value of a table.
+// it, the latest in the lowest bits, choose a value.
 #pragma once
 
 #include "problem.h"
+#include "quantiles.h"
 
 constexpr int MOST_STATE_BITS = 12;
 constexpr int PAIRS_TILE = 2 * LANES;  // outputs whose codes are a vector, two by two
 
-// What states stand for. Two neighbouring outputs share all bits of their states but `code` ones: a table of both values
-// takes half as many lookups, and is 2^(code + 1) times as large.
+// What states stand for: values of a table, or quantiles that are computed.
 struct States {
-    const float* values;  // [2^bits], or where `pairs` is 1 [2^(code + bits), 2]
-    int64_t bits, pairs;
+    const float* values;      // [2^bits]; null: computed
+    const int32_t* computed;  // multiplier of the quantiles, and bits of a state
+    int64_t bits;             // of a state, where there is a table
 };
 
 // Codes of a unit: of two inputs in the halves of a word, `halfway` apart, and in each half those of two neighbouring
@@ -70,11 +71,13 @@ static inline Words extended(Runs& before, Words run) {
     return run;
 }
 
-// Call `use(constant<i>, values, more)` for the i-th LANES outputs of two inputs, whose symbols are given.
-template <int BITS, int TILES, bool PAIRS, class Use>
-static inline __attribute__((always_inline)) void each_values(const States& states, const uint32_t* symbols, Use&& use) {
+// Call `use(constant<tile>, even, odd)` for every PAIRS_TILE outputs of two inputs, whose symbols are given: values of
+// outputs 0, 2, 4, ... and 1, 3, 5, ... of either input, to be scaled by UNIT where they are computed.
+template <int BITS, int TILES, bool COMPUTED, class Use>
+static inline __attribute__((always_inline)) void each_values(const States& states, const Quantiles& quantiles,
+                                                              const uint32_t* symbols, Use&& use) {
     constexpr bool fits = MOST_STATE_BITS + BITS <= 16;
-    const uint32_t mask = ((uint32_t)1 << (states.bits + BITS)) - 1, one = ((uint32_t)1 << states.bits) - 1;
+    const uint32_t mask = ((uint32_t)1 << states.bits) - 1;
     Runs before[2] = {};
     each<TILES + 1>([&](auto tile) {
         Words symbol = load<Words>(symbols + tile.value * LANES), first, second;
@@ -86,57 +89,69 @@ static inline __attribute__((always_inline)) void each_values(const States& stat
             second = extended<BITS, Words>(before[1], symbol >> 16);
         }
         if constexpr (tile.value > 0) {
-            Floats low[2], high[2];
-            each<2>([&](auto input) {
-                constexpr int i = input.value;
-                Words run = (i == 0 ? first : second) & mask;
-                if constexpr (PAIRS) gather_pairs(states.values, run, low[i], high[i]);
-                else interleave(gather(states.values, run >> BITS), gather(states.values, run & one), low[i], high[i]);
-            });
-            use(Constant<2 * tile.value - 2>{}, low[0], low[1]);
-            use(Constant<2 * tile.value - 1>{}, high[0], high[1]);
+            Floats even[2], odd[2];
+            if constexpr (COMPUTED) {  // runs of both inputs in one vector: bits above a state's do not matter
+                Words late = fits ? first : (first & 0xFFFFu) | (second << 16);
+                Words early = fits ? (Words)((Halves)first >> BITS)
+                                   : ((first >> BITS) & 0xFFFFu) | (second >> BITS << 16);
+                split(quantiles[(Halves)early], even[0], even[1]);
+                split(quantiles[(Halves)late], odd[0], odd[1]);
+            } else {
+                even[0] = gather(states.values, (first >> BITS) & mask), odd[0] = gather(states.values, first & mask);
+                even[1] = gather(states.values, (second >> BITS) & mask), odd[1] = gather(states.values, second & mask);
+            }
+            use(Constant<tile.value - 1>{}, even, odd);
         }
     });
 }
 
-// Scales of PAIRS_TILE TILES outputs from `column` on, 0 behind the last one.
-template <int TILES>
+// Scales of PAIRS_TILE TILES outputs from `column` on, 0 behind the last one; those of computed values times UNIT.
+template <int TILES, bool COMPUTED>
 static inline void read_scales(const Layer& layer, int64_t group, int64_t column, Floats* to) {
     int64_t size = size_of(layer.scale_type), rest = layer.outputs - column, first = group * layer.outputs + column;
     alignas(64) char room[PAIRS_TILE * TILES * 4] = {};
     const void* from = (const char*)layer.scales + first * size;
     if (rest < PAIRS_TILE * TILES) from = std::memcpy(room, from, rest * size);
-    for (int i = 0; i < 2 * TILES; i++) to[i] = load_floats(from, layer.scale_type, i * LANES);
+    for (int i = 0; i < 2 * TILES; i++) {
+        to[i] = load_floats(from, layer.scale_type, i * LANES);
+        if (COMPUTED) to[i] *= Quantiles::UNIT_OF_VALUES;
+    }
 }
 
 // Multiply some outputs of a chunk with ROWS rows [ROWS, width] and add to y [ROWS, stride].
-template <int BITS, int ROWS, int TILES, bool PAIRS>
+template <int BITS, int ROWS, int TILES, bool COMPUTED>
 static void multiply_states(const Layer& layer, const States& states, const Chunk& chunk, int64_t column, const float* x,
                             int64_t width, float* y, int64_t stride) {
     Floats sum[ROWS][2 * TILES] = {}, scale[2 * TILES];
     Symbols<TILES> symbols;
+    const Quantiles quantiles(states.computed);
     for (int64_t unit = 0; unit < chunk.units; unit++) {
         read_symbols<BITS>(layer, chunk.unit + unit, column, symbols);
         for (int index = 0; index < UNIT / 2; index++) {  // not unrolled: decoded instructions are to stay where they are kept
             const float* at = x + unit * UNIT + input_of_symbol<BITS>(index);
-            each_values<BITS, TILES, PAIRS>(states, symbols.at[index], [&](auto i, Floats values, Floats more) {
-                for (int m = 0; m < ROWS; m++) {
-                    sum[m][i.value] += values * at[m * width];
-                    sum[m][i.value] += more * at[m * width + halfway(BITS)];
-                }
+            each_values<BITS, TILES, COMPUTED>(states, quantiles, symbols.at[index], [&](auto tile, auto& even, auto& odd) {
+                for (int m = 0; m < ROWS; m++)
+                    for (int input = 0; input < 2; input++) {
+                        float by = at[m * width + input * halfway(BITS)];
+                        sum[m][2 * tile.value] += even[input] * by;
+                        sum[m][2 * tile.value + 1] += odd[input] * by;
+                    }
             });
         }
     }
-    read_scales<TILES>(layer, chunk.group, column, scale);
+    read_scales<TILES, COMPUTED>(layer, chunk.group, column, scale);
     for (int m = 0; m < ROWS; m++)
-        for (int i = 0; i < 2 * TILES; i++) {
+        for (int i = 0; i < 2 * TILES; i += 2) {
+            Floats low, high;
+            interleave(sum[m][i], sum[m][i + 1], low, high);
             float* place = y + m * stride + i * LANES;
-            store(place, load<Floats>(place) + sum[m][i] * scale[i]);
+            store(place, load<Floats>(place) + low * scale[i]);
+            store(place + LANES, load<Floats>(place + LANES) + high * scale[i + 1]);
         }
 }
 
 // One worker's outputs: y [rows, stride], zero at first; x [rows, width], zeros behind the last input.
-template <int BITS, bool PAIRS>
+template <int BITS, bool COMPUTED>
 static void multiply_states_range(const Layer& layer, const States& states, const float* x, int64_t width, int64_t rows,
                                   Range range, float* y, int64_t stride) {
     constexpr int most = 4, few = LANES == 16 ? 2 : 1;  // as many sums as there are registers for
@@ -147,8 +162,8 @@ static void multiply_states_range(const Layer& layer, const States& states, cons
             int tiles = four ? few : most;
             for (int64_t column = range.begin; column < range.end;) {
                 bool whole = range.end - column >= tiles * PAIRS_TILE;
-                auto run = four ? (whole ? multiply_states<BITS, 4, few, PAIRS> : multiply_states<BITS, 4, 1, PAIRS>)
-                                : (whole ? multiply_states<BITS, 1, most, PAIRS> : multiply_states<BITS, 1, 1, PAIRS>);
+                auto run = four ? (whole ? multiply_states<BITS, 4, few, COMPUTED> : multiply_states<BITS, 4, 1, COMPUTED>)
+                                : (whole ? multiply_states<BITS, 1, most, COMPUTED> : multiply_states<BITS, 1, 1, COMPUTED>);
                 run(layer, states, chunk, column, x + m * width + chunk.unit * UNIT, width,
                     y + m * stride + column - range.begin, stride);
                 column += (whole ? tiles : 1) * PAIRS_TILE;
@@ -159,20 +174,24 @@ static void multiply_states_range(const Layer& layer, const States& states, cons
 }
 
 // Write W^T [inputs to the next multiple of 32, outputs of the range to the next multiple of PAIRS_TILE] of TYPE.
-template <int BITS, int TYPE, bool PAIRS>
+template <int BITS, int TYPE, bool COMPUTED>
 static void write_states(const Layer& layer, const States& states, Range range, void* to, int64_t stride) {
     Symbols<1> symbols;
     Floats scale[2];
+    const Quantiles quantiles(states.computed);
     for (int64_t unit = 0; unit < ceil_div(layer.inputs, UNIT); unit++)
         for (int64_t column = range.begin; column < range.end; column += PAIRS_TILE) {
             read_symbols<BITS>(layer, unit, column, symbols);
-            read_scales<1>(layer, unit * UNIT / layer.group, column, scale);
+            read_scales<1, COMPUTED>(layer, unit * UNIT / layer.group, column, scale);
             for (int index = 0; index < UNIT / 2; index++) {
                 int64_t place = (unit * UNIT + input_of_symbol<BITS>(index)) * stride + column - range.begin;
-                each_values<BITS, 1, PAIRS>(states, symbols.at[index], [&](auto i, Floats values, Floats more) {
-                    int64_t at = place + i.value * LANES;
-                    store_floats(to, TYPE, at, values * scale[i.value]);
-                    store_floats(to, TYPE, at + halfway(BITS) * stride, more * scale[i.value]);
+                each_values<BITS, 1, COMPUTED>(states, quantiles, symbols.at[index], [&](auto, auto& even, auto& odd) {
+                    for (int input = 0; input < 2; input++) {
+                        Floats low, high;
+                        interleave(even[input], odd[input], low, high);
+                        store_floats(to, TYPE, place + input * halfway(BITS) * stride, low * scale[0]);
+                        store_floats(to, TYPE, place + input * halfway(BITS) * stride + LANES, high * scale[1]);
+                    }
                 });
             }
         }

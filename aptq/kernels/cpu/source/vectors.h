@@ -101,11 +101,6 @@ static inline void interleave(Floats even, Floats odd, Floats& low, Floats& high
 static inline Floats gather(const float* table, Words index) {
     return (Floats)_mm512_i32gather_ps((__m512i)index, table, 4);
 }
-// Entries of two floats each: those of the first half of the lanes, and of the second.
-static inline void gather_pairs(const float* table, Words index, Floats& low, Floats& high) {
-    low = (Floats)_mm512_i32gather_pd(_mm512_castsi512_si256((__m512i)index), (const double*)table, 8);
-    high = (Floats)_mm512_i32gather_pd(_mm512_extracti64x4_epi64((__m512i)index, 1), (const double*)table, 8);
-}
 // sums + the products of 16-bit halves, added in pairs.
 static inline Ints dot_pairs(Ints sums, Ints left, Ints right) {
 #ifdef __AVX512VNNI__
@@ -122,6 +117,10 @@ static inline Ints dot_bytes(Ints sums, Words codes, Ints x) {
 #endif
 static inline Halves byte_pairs(Words codes, Ints x) {
     return (Halves)_mm512_maddubs_epi16((__m512i)codes, (__m512i)x);
+}
+// Products of signed fixed-point numbers with 15 bits behind the point, rounded.
+static inline Halves product(Halves left, Halves right) {
+    return (Halves)_mm512_mulhrs_epi16((__m512i)left, (__m512i)right);
 }
 #else
 static inline Floats from_halves(const uint16_t* halves) {
@@ -171,10 +170,6 @@ static inline void interleave(Floats even, Floats odd, Floats& low, Floats& high
 static inline Floats gather(const float* table, Words index) {
     return (Floats)_mm256_i32gather_ps(table, (__m256i)index, 4);
 }
-static inline void gather_pairs(const float* table, Words index, Floats& low, Floats& high) {
-    low = (Floats)_mm256_i32gather_pd((const double*)table, _mm256_castsi256_si128((__m256i)index), 8);
-    high = (Floats)_mm256_i32gather_pd((const double*)table, _mm256_extracti128_si256((__m256i)index, 1), 8);
-}
 static inline Ints dot_pairs(Ints sums, Ints left, Ints right) {
     return sums + (Ints)_mm256_madd_epi16((__m256i)left, (__m256i)right);
 }
@@ -186,6 +181,9 @@ static inline Ints dot_bytes(Ints sums, Words codes, Ints x) {
 #endif
 static inline Halves byte_pairs(Words codes, Ints x) {
     return (Halves)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x);
+}
+static inline Halves product(Halves left, Halves right) {
+    return (Halves)_mm256_mulhrs_epi16((__m256i)left, (__m256i)right);
 }
 #endif
 
