@@ -7,9 +7,12 @@ Built-ins are registered in this package's own pyproject.toml, exactly as a plug
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Literal
 
 from aptq import api
@@ -17,7 +20,7 @@ from aptq.config_errors import plain_section
 from aptq.errors import AptqError
 from aptq.typed import arguments, convert, keys_of, nearest
 
-__all__ = ["GROUPS", "KINDS", "TASK", "Description", "available", "build", "describe", "load", "origin"]
+__all__ = ["GROUPS", "KINDS", "TASK", "Description", "available", "build", "describe", "installed", "load", "origin"]
 
 CONTRACTS: Mapping[str, type] = {
     "hessian": api.HessianEstimator,
@@ -180,7 +183,25 @@ def _describe(kind: str, point: EntryPoint, check: bool) -> Description:
 def _points(kind: str) -> list[EntryPoint]:
     if kind not in GROUPS:
         raise AptqError(f"There is no kind of component {kind!r}.{nearest(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
-    return list(entry_points(group=f"aptq.{kind}s"))
+    return installed(f"aptq.{kind}s")
+
+
+def installed(group: str) -> list[EntryPoint]:
+    """Return the entry points of a group."""
+    return list(_read(tuple((place, _changed(place)) for place in sys.path)).select(group=group))
+
+
+@lru_cache(maxsize=1)
+def _read(places: tuple[tuple[str, int], ...]) -> Any:
+    """Read what all packages register, again only where a folder of them changed: it opens the files of every one."""
+    return entry_points()
+
+
+def _changed(place: str) -> int:
+    try:
+        return Path(place).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _broken_contract(kind: str, component: Any) -> str:
