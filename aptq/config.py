@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
-from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from aptq.config_errors import explain_hydra_error, plain_section
 from aptq.errors import AptqError
-from aptq.registry import GROUPS, KINDS, TASK
+from aptq.registry import GROUPS, KINDS, TASK, installed
 from aptq.typed import arguments
 
 __all__ = ["CONF", "compose", "explain_hydra_error", "plugin_folders", "prepare_hydra", "run_id", "to_settings"]
@@ -50,7 +49,7 @@ def plugin_folders() -> dict[str, Path]:
     are left out with a warning, so that a broken plug-in hurts only those who use it.
     """
     folders = {}
-    for point in sorted(entry_points(group="aptq.conf"), key=lambda point: point.name):
+    for point in sorted(installed("aptq.conf"), key=lambda point: point.name):
         if folder := _folder(point.value):
             folders[point.name] = folder
         else:

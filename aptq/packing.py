@@ -30,6 +30,9 @@ UNIT = 32
 _ROWS = 1024
 """Rows that ``pack_rows`` packs at a time: their single bits are in memory for a moment."""
 
+_FEW = 1 << 16
+"""Codes that are packed and unpacked in few operations, which take more memory: of so few, operations take the time."""
+
 _PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 _PLANES |= {8 + bits: (8, *planes) for bits, planes in _PLANES.items()}
 
@@ -76,6 +79,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     padded[: codes.shape[1]] = codes.T
     by_unit = padded.view(units, UNIT, out_features)
     packed = torch.zeros(units, bits, out_features, dtype=torch.int32, device=codes.device)
+    if codes.numel() <= _FEW:
+        for words, shifts, low, width in _planes(bits, codes.device):
+            packed.index_add_(1, words, ((by_unit >> low) & ((1 << width) - 1)) << shifts)  # no two share a bit
+        return packed
     for k, word, shift, low, width in fields:
         packed[:, word] |= ((by_unit[:, k] >> low) & ((1 << width) - 1)) << shift
     return packed
@@ -87,6 +94,8 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     They are uint8, or int32 where they have more than 8 bits.
     """
     units, _, out_features = packed.shape
+    if units * UNIT * out_features <= _FEW and not torch.compiler.is_compiling():
+        return unpack_few(packed, bits, in_features)
     dtype = torch.uint8 if bits <= 8 else torch.int32
     codes = torch.zeros(units, UNIT, out_features, dtype=dtype, device=packed.device)
     for k, word, shift, low, width in _fields(bits):

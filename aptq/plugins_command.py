@@ -7,13 +7,12 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 
 from rich.console import Console
 from rich.table import Table
 
 from aptq.config import config_files, plugin_folders
-from aptq.registry import TASK, Description, describe, origin
+from aptq.registry import TASK, Description, describe, installed, origin
 
 __all__ = ["main"]
 
@@ -70,7 +69,7 @@ def _config_folders() -> list[Description]:
             if point.name in folders
             else f"{origin(point)} promises configs in a folder that does not exist.",
         )
-        for point in sorted(entry_points(group="aptq.conf"), key=lambda point: point.name)
+        for point in sorted(installed("aptq.conf"), key=lambda point: point.name)
     ]
 
 

@@ -7,31 +7,36 @@ Built-ins are registered in this package's own pyproject.toml, exactly as a plug
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
-from aptq import api
 from aptq.config_errors import plain_section
 from aptq.errors import AptqError
 from aptq.typed import arguments, convert, keys_of, nearest
 
-__all__ = ["GROUPS", "KINDS", "TASK", "Description", "available", "build", "describe", "load", "origin"]
+__all__ = ["GROUPS", "KINDS", "TASK", "Description", "available", "build", "describe", "installed", "load", "origin"]
 
-CONTRACTS: Mapping[str, type] = {
-    "hessian": api.HessianEstimator,
-    "metric": api.SensitivityMetric,
-    "allocator": api.Allocator,
-    "format": api.Format,
-    "quantizer": api.Quantizer,
-    "activation": api.ActivationQuantizer,
-    "transform": api.Transform,
-    "backend": api.Backend,
-    "exporter": api.Exporter,
-    "evaluator": api.Evaluator,
-    "callback": api.Callback,
+CONTRACTS: Mapping[str, str] = {
+    "hessian": "HessianEstimator",
+    "metric": "SensitivityMetric",
+    "allocator": "Allocator",
+    "format": "Format",
+    "quantizer": "Quantizer",
+    "activation": "ActivationQuantizer",
+    "transform": "Transform",
+    "backend": "Backend",
+    "exporter": "Exporter",
+    "evaluator": "Evaluator",
+    "callback": "Callback",
 }
+"""The protocols of ``aptq.api``, by name: who only asks what there is does not wait for torch."""
+
 KINDS = (*CONTRACTS, "logger")
 
 TASK = "task"
@@ -133,7 +138,8 @@ def _parts(target: Any, options: dict[str, Any], where: str) -> dict[str, Any]:
     """Take out the options that are components themselves (``Format``, ``Mapping[str, Format]``); return them built."""
     parts: dict[str, Any] = {}
     for key in keys_of(target)[0].values():
-        for kind, contract in CONTRACTS.items():
+        for kind in CONTRACTS:
+            contract = _contract(kind)
             if key.name not in options or key.annotation not in (contract, Mapping[str, contract]):  # type: ignore[valid-type]
                 continue
             section, told = options.pop(key.name), f"{where}: {key.name}"
@@ -180,14 +186,32 @@ def _describe(kind: str, point: EntryPoint, check: bool) -> Description:
 def _points(kind: str) -> list[EntryPoint]:
     if kind not in GROUPS:
         raise AptqError(f"There is no kind of component {kind!r}.{nearest(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
-    return list(entry_points(group=f"aptq.{kind}s"))
+    return installed(f"aptq.{kind}s")
+
+
+def installed(group: str) -> list[EntryPoint]:
+    """Return the entry points of a group."""
+    return list(_read(tuple((place, _changed(place)) for place in sys.path)).select(group=group))
+
+
+@lru_cache(maxsize=1)
+def _read(places: tuple[tuple[str, int], ...]) -> Any:
+    """Read what all packages register, again only where a folder of them changed: it opens the files of every one."""
+    return entry_points()
+
+
+def _changed(place: str) -> int:
+    try:
+        return Path(place).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _broken_contract(kind: str, component: Any) -> str:
     """Say what a component, or the class of one, lacks of its kind's protocol; "" when it lacks nothing."""
     if kind not in CONTRACTS or (inspect.isroutine(component) and not inspect.isclass(component)):
         return ""
-    contract = CONTRACTS[kind]
+    contract = _contract(kind)
     fields = getattr(component, "__dataclass_fields__", {})
     missing = [name for name in _members(contract) if not hasattr(component, name) and name not in fields]
     if missing:
@@ -204,6 +228,10 @@ def _broken_contract(kind: str, component: Any) -> str:
         if name not in (known := list(_members(contract))):
             return f"there is no event {name!r}.{nearest(name, known)} Events: {', '.join(known)}"
     return ""
+
+
+def _contract(kind: str) -> type:
+    return cast(type, getattr(import_module("aptq.api"), CONTRACTS[kind]))
 
 
 def _members(contract: type) -> Iterator[str]:

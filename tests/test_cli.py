@@ -1,7 +1,9 @@
 """The command line, as a user meets it."""
 
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,10 +13,22 @@ import pytest
 
 from aptq.config import compose
 
+LIBRARIES = [
+    "lightning.fabric",
+    "transformers.models.llama.modeling_llama",
+    "hydra",
+    "matplotlib.pyplot",
+    "rich.logging",
+]
+"""What takes most of the seconds that ``aptq`` needs to start."""
+
+FORKED = str(Path(__file__).with_name("forked.py"))
+Aptq = Callable[..., subprocess.CompletedProcess[str]]
+
 
 @pytest.fixture
-def aptq(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return ``run(*arguments)``: ``aptq`` in an empty folder."""
+def aptq_anew(tmp_path: Path) -> Aptq:
+    """Return ``run(*arguments)``: ``aptq`` in an empty folder, as a user starts it."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -23,10 +37,32 @@ def aptq(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             text=True,
             check=False,
             cwd=tmp_path,
-            env={**os.environ, "COLUMNS": "200"},
+            env=_environment(),
         )
 
     return run
+
+
+@pytest.fixture
+def aptq(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Aptq:
+    """Return ``run(*arguments)``: the same, in a copy of a process that has imported libraries for all tests."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        output, errors = (tmp_path_factory.mktemp("told") / name for name in ("output", "errors"))
+        given = (arguments, tmp_path, _environment(), output, errors)
+        process = context.Process(target=runpy.run_path, args=(FORKED, {"given": given}))
+        process.start()
+        process.join()
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(arguments, process.exitcode, output.read_text(), errors.read_text())
+
+    return run
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "COLUMNS": "200"}
 
 
 @pytest.fixture
@@ -41,8 +77,8 @@ def job(tiny_model_folder: Callable[..., Path], tmp_path: Path) -> tuple[str, ..
     )
 
 
-def test_help_names_groups_and_keys(aptq: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    done = aptq("--help")
+def test_help_names_groups_and_keys(aptq_anew: Aptq) -> None:
+    done = aptq_anew("--help")
     assert done.returncode == 0
     for part in ("quantizer: foem, gptaq, gptq, nearest", "num_samples", "aptq -cn evaluate"):
         assert part in done.stdout
@@ -59,7 +95,7 @@ def test_help_names_groups_and_keys(aptq: Callable[..., subprocess.CompletedProc
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
-    arguments: tuple[str, ...], message: str, aptq: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    arguments: tuple[str, ...], message: str, aptq: Aptq, tmp_path: Path
 ) -> None:
     done = aptq(*arguments)
     assert done.returncode == 2, done.stderr
@@ -68,9 +104,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert not list(tmp_path.iterdir()), "nothing was begun, so nothing is left behind"
 
 
-def test_a_sweep_leaves_one_run_each_and_prints_tables(
-    aptq: Callable[..., subprocess.CompletedProcess[str]], job: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_a_sweep_leaves_one_run_each_and_prints_tables(aptq: Aptq, job: tuple[str, ...], tmp_path: Path) -> None:
     done = aptq(
         *("-m", *job, "name=sweep", "samples=1", "allocator=uniform", "allocator.bits=3,4"),
     )
@@ -92,7 +126,7 @@ def test_a_sweep_leaves_one_run_each_and_prints_tables(
 
 @pytest.mark.parametrize("launcher", ["basic", pytest.param("joblib", marks=pytest.mark.slow)])
 def test_a_sweep_goes_on_after_a_job_that_fails(
-    launcher: str, aptq: Callable[..., subprocess.CompletedProcess[str]], job: tuple[str, ...], tmp_path: Path
+    launcher: str, aptq: Aptq, job: tuple[str, ...], tmp_path: Path
 ) -> None:
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
@@ -111,9 +145,7 @@ def test_a_sweep_goes_on_after_a_job_that_fails(
 
 
 @pytest.mark.slow
-def test_jobs_of_a_sweep_run_side_by_side_and_measure_once(
-    aptq: Callable[..., subprocess.CompletedProcess[str]], job: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_jobs_of_a_sweep_run_side_by_side_and_measure_once(aptq: Aptq, job: tuple[str, ...], tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     done = aptq(
         *("-m", "hydra/launcher=joblib", *job, "name=sweep", "samples=0", "allocator.budget=2.5,3,3.5"),
@@ -128,7 +160,7 @@ def test_jobs_of_a_sweep_run_side_by_side_and_measure_once(
 
 
 def test_the_papers_tables_are_one_command_that_goes_on_where_it_stopped(
-    aptq: Callable[..., subprocess.CompletedProcess[str]], job: tuple[str, ...], tmp_path: Path
+    aptq: Aptq, job: tuple[str, ...], tmp_path: Path
 ) -> None:
     rows = ("aptq_75", "aptq_50")
     left_out = [name for name in compose(["experiment=paper_smollm2"]).rows if name not in rows]

@@ -1,5 +1,7 @@
 """The packed layout: dense, lossless, and GPTQ's where GPTQ has one."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,14 +15,18 @@ from aptq import packing
 def test_round_trip(bits: int, out: int, width: int, seed: int) -> None:
     codes = torch.randint(0, 1 << bits, (out, width), generator=torch.Generator().manual_seed(seed))
     packed = packing.pack(codes, bits)
+    with patch.object(packing, "_FEW", 0):  # as many codes are packed
+        assert torch.equal(packing.pack(codes, bits), packed)
     assert packed.dtype == torch.int32
     assert tuple(packed.shape) == packing.packed_shape(out, width, bits)
-    unpacked = packing.unpack(packed, bits, width)
+    with patch.object(packing, "_FEW", 0):
+        unpacked = packing.unpack(packed, bits, width)
     assert unpacked.dtype == (torch.uint8 if bits <= 8 else torch.int32)
     assert torch.equal(unpacked.long(), codes)
     few = packing.unpack_few(packed, bits, width)
     assert few.dtype == unpacked.dtype
     assert torch.equal(few, unpacked)
+    assert torch.equal(packing.unpack(packed, bits, width), unpacked)
     inputs = torch.randint(width, (7,), generator=torch.Generator().manual_seed(seed))
     assert torch.equal(packing.unpack_inputs(packed, bits, inputs).long(), codes[:, inputs])
 

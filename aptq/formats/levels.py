@@ -158,13 +158,13 @@ class LevelFormat:
 
         A weight's error depends on the scale of its own side alone: with two scales, each is searched by itself.
         """
-        best = [stored_scale(end, self.scale_dtype, unit, bits) for end in (low, high)]
+        best = self._stored(low, high, unit, bits)
         if not self.clip_steps:
             return best[0], best[1]
         least = [torch.full_like(low, float("inf")) for _ in best]
         for step in range(self.clip_steps + 1):
             share = 1.0 - (1.0 - self.clip_min) * step / self.clip_steps
-            tried = [stored_scale(end * share, self.scale_dtype, unit, bits) for end in (low, high)]
+            tried = self._stored(low * share, high * share, unit, bits)
             errors = [torch.empty_like(low) for _ in best]
             for at, (group, weight) in enumerate(zip(groups, weights, strict=True)):
                 below, above = (scale[:, at, :, None] for scale in tried)
@@ -181,6 +181,10 @@ class LevelFormat:
                 least[side] = torch.where(better, error, least[side])
                 best[side] = torch.where(better, tried[side], best[side])
         return best[0], best[1]
+
+    def _stored(self, low: Tensor, high: Tensor, unit: Tensor, bits: int) -> list[Tensor]:
+        above = stored_scale(high, self.scale_dtype, unit, bits)
+        return [stored_scale(low, self.scale_dtype, unit, bits) if self.asymmetric else above, above]
 
     def grid(self, quantized: QuantizedWeight, option: Option) -> LevelGrid:
         """Return the grid that a stored weight lies on; see ``aptq.api.RoundableFormat``."""

@@ -73,7 +73,7 @@ def stored_scale(scale: Tensor, scale_dtype: str, unit: Tensor, bits: int) -> Te
         AptqError: it is not finite in ``scale_dtype``.
     """
     rounded = rounded_scale(scale, scale_dtype, unit)
-    if not bool((torch.isfinite(scale) & torch.isfinite(rounded)).all()):
+    if not bool(torch.isfinite(rounded).all()):  # nor is a scale that is not, once rounded
         raise AptqError(
             f"A weight range has a scale of {scale.max().item():.3g} at {bits} bits, not finite in {scale_dtype}; "
             "use format.scale_dtype=float32, or look for NaN and Inf in the model."

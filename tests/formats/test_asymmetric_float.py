@@ -12,14 +12,19 @@ from aptq.quantizers.two_sided import TwoSided
 from aptq.testing import check_format, check_quantizer
 
 
-@pytest.mark.parametrize("format", [AsymmetricFloat(), AsymmetricFloat(code="fp"), AsymmetricFloat(clip_steps=0)])
-def test_keeps_the_contract(format: AsymmetricFloat) -> None:
-    check_format(format, bits=(3, 4) if format.code == "fp" else (1, 2, 3, 4))
+def test_keeps_the_contract_at_1_bit() -> None:
+    check_format(AsymmetricFloat(), bits=(1,))  # at 2, 3 and 4: test_testing.py
+
+
+@pytest.mark.parametrize("format", [AsymmetricFloat(code="fp"), AsymmetricFloat(clip_steps=0)])
+def test_keeps_the_contract_whatever_the_options(format: AsymmetricFloat) -> None:
+    bits = (3, 4) if format.code == "fp" else (1, 2, 3, 4)
+    check_format(format, bits=bits, group_sizes=(16,), shapes=((6, 40), (5, 33), (1, 1)))
 
 
 @pytest.mark.parametrize("quantizer", [GPTQ(), TwoSided()])
 def test_works_under_other_quantizers_than_nearest(quantizer: GPTQ | TwoSided) -> None:
-    check_quantizer(quantizer, format=AsymmetricFloat(), bits=(3, 4))
+    check_quantizer(quantizer, format=AsymmetricFloat(), bits=(3,))
 
 
 def _values(format: Float, weight: Tensor, option: Option) -> Tensor:  # or AsymmetricFloat

@@ -11,17 +11,20 @@ from aptq.quantizers.gptq import GPTQ
 from aptq.quantizers.two_sided import TwoSided
 from aptq.testing import check_format, check_quantizer
 
-FORMATS = [Float(), Float(code="fp"), Float(clip_steps=0, scale_dtype="bfloat16")]
+
+def test_keeps_the_contract_at_1_bit() -> None:
+    check_format(Float(), bits=(1,))  # at 2, 3 and 4: test_testing.py
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_keeps_the_contract(format: Float) -> None:
-    check_format(format, bits=(3, 4) if format.code == "fp" else (1, 2, 3, 4))
+@pytest.mark.parametrize("format", [Float(code="fp"), Float(clip_steps=0, scale_dtype="bfloat16")])
+def test_keeps_the_contract_whatever_the_options(format: Float) -> None:
+    bits = (3, 4) if format.code == "fp" else (1, 2, 3, 4)
+    check_format(format, bits=bits, group_sizes=(16,), shapes=((6, 40), (5, 33), (1, 1)))
 
 
 @pytest.mark.parametrize("quantizer", [GPTQ(), TwoSided()])
 def test_works_under_other_quantizers_than_nearest(quantizer: GPTQ | TwoSided) -> None:
-    check_quantizer(quantizer, format=Float(), bits=(3, 4))
+    check_quantizer(quantizer, format=Float(), bits=(3,))
 
 
 def _values(format: Float | Integer, weight: Tensor, option: Option, importance: Tensor | None = None) -> Tensor:

@@ -10,18 +10,21 @@ from aptq.formats.integer import Integer
 from aptq.testing import check_format
 
 
+def test_keeps_the_contract_at_8_bits() -> None:
+    check_format(Integer(), bits=(8,))  # at 2, 3 and 4: test_testing.py
+
+
 @pytest.mark.parametrize(
     "format",
     [
-        Integer(),
         Integer(symmetric=True, scale_dtype="bfloat16"),
         Integer(clip="asymmetric"),
         Integer(clip="joint", clip_steps=2),
         Integer(clip_steps=0),
     ],
 )
-def test_keeps_the_contract(format: Integer) -> None:
-    check_format(format, bits=(2, 3, 4, 8))
+def test_keeps_the_contract_whatever_the_options(format: Integer) -> None:
+    check_format(format, bits=(2, 3, 4, 8), group_sizes=(16,), shapes=((6, 40), (5, 33), (1, 1)))
 
 
 def _values(format: Integer, weight: torch.Tensor, option: Option) -> torch.Tensor:

@@ -17,7 +17,7 @@ MIXED = Mixed(formats={"integer": Integer(group_size=32), "asymmetric_float": As
 
 
 def test_keeps_the_contract() -> None:
-    check_format(MIXED, bits=(2, 3, 4, 8))
+    check_format(MIXED, bits=(2, 3, 4, 8), group_sizes=(16,), shapes=((6, 40), (5, 33), (1, 1)))
     check_quantizer(GPTQ(), format=MIXED, bits=(3,))
 
 

@@ -37,14 +37,15 @@ PER_WEIGHT |= {"vectors of 8": 4.6, "residual vectors of 4": 9.4}
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "kernels_compiled.json"
 
 
-@pytest.mark.parametrize("name", ["interpreted", "interpreted_tables"])
-def test_in_the_interpreter(name: str) -> None:
+def test_in_the_interpreter() -> None:
     """In a process of its own: Triton interprets or compiles, as it was told when it was imported."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install 'aptq[gpu]'")
-    tests = Path(__file__).parent / "triton" / f"{name}.py"
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(tests)]
+    tests = [Path(__file__).parent / "triton" / f"{name}.py" for name in ("interpreted", "interpreted_tables")]
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", *map(str, tests)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tests.parents[3], check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=tests[0].parents[3], check=False
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
