@@ -2,6 +2,8 @@
 
 Each contestant is a process of its own, so that resident memory is its alone. All are loaded first; then they decode in
 turn, a round after the other, while the others wait: whatever else the machine does meets all of them.
+
+llama.cpp takes part with a GGUF file (``--gguf FILE``), by a python that has llama-cpp-python (``--llama PYTHON``).
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ def main() -> None:
         _serve(options)
         return
     processes = {name: _start(options, *CONTESTANTS[name]) for name in options.contestants}
+    if options.gguf:
+        processes[f"llama.cpp, {options.gguf.stem}"] = _start_llama(options)
     rates: dict[str, list[float]] = {name: [] for name in processes}
     told: dict[str, dict[str, Any]] = {}
     for done in range(options.rounds + 1):
@@ -72,12 +76,22 @@ def main() -> None:
         "machine": machine.describe(),
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "commit": commit(),
-        "command": f"python benchmarks/decode.py --rounds {options.rounds} --tokens {options.tokens} "
-        f"--threads {options.threads}{' --compile' if options.compile else ''} --packed RUN/model --original MODEL",
+        "command": _command(options),
     }
     options.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     options.output.with_suffix(".md").write_text(page(record), encoding="utf-8")
     print(page(record))
+
+
+def _command(options: argparse.Namespace) -> str:
+    """Return what makes the table, with names in place of paths."""
+    words = ["--rounds", str(options.rounds), "--tokens", str(options.tokens), "--threads", str(options.threads)]
+    words += [*(["--compile"] if options.compile else []), "--packed", "RUN/model", "--original", "MODEL"]
+    if options.gguf:
+        words += ["--gguf", options.gguf.name, "--llama", "PYTHON"]
+    if set(options.contestants) != set(CONTESTANTS):
+        words += ["--contestants", *options.contestants]
+    return f"python benchmarks/decode.py {shlex.join(words)}"
 
 
 def _options() -> argparse.Namespace:
@@ -89,6 +103,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=machine.usable_cores())
     parser.add_argument("--compile", action="store_true", help="decode with torch.compile, all contestants alike")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME")
+    parser.add_argument("--gguf", type=Path, help="a model for llama.cpp")
+    parser.add_argument("--llama", default=sys.executable, help="python that has llama-cpp-python", metavar="PYTHON")
     parser.add_argument("--output", type=Path, default=RESULTS, help="of the table, without a suffix")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -97,7 +113,16 @@ def _options() -> argparse.Namespace:
 def _start(options: argparse.Namespace, kind: str, dtype: str) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, "--packed", options.packed, "--original", options.original]
     command += ["--threads", str(options.threads), "--serve", kind, dtype, *(["--compile"] if options.compile else [])]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    return _started(command, options.threads)
+
+
+def _start_llama(options: argparse.Namespace) -> subprocess.Popen[str]:
+    script = Path(__file__).with_name("peers") / "llama_decode.py"
+    return _started([options.llama, str(script), str(options.gguf), str(options.threads), PROMPT], options.threads)
+
+
+def _started(command: list[str], threads: int) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     )
@@ -197,7 +222,7 @@ def _resident() -> int:
 def page(record: Mapping[str, Any]) -> str:
     """Return the table."""
     results = record["results"]
-    base = {dtype: results[f"original, {dtype}"]["tokens_per_second"] for dtype in ("float32", "bfloat16")}
+    base = {dtype: results.get(f"original, {dtype}") for dtype in ("float32", "bfloat16")}
     lines = [
         f"# Greedy decoding, {record['model']}",
         "",
@@ -211,9 +236,10 @@ def page(record: Mapping[str, Any]) -> str:
     ]
     for name, each in results.items():
         rate = each["tokens_per_second"]
+        times = [f"{rate / original['tokens_per_second']:.2f}" if original else "" for original in base.values()]
         lines.append(
-            f"| {name} | {rate:.1f} | {each['best']:.1f} | {rate / base['float32']:.2f} | "
-            f"{rate / base['bfloat16']:.2f} | {each['weight_bytes'] / 1e6:.0f} | {each['rss_bytes'] / 1e6:.0f} |"
+            f"| {name} | {rate:.1f} | {each['best']:.1f} | {' | '.join(times)} | "
+            f"{each['weight_bytes'] / 1e6:.0f} | {each['rss_bytes'] / 1e6:.0f} |"
         )
     lines += [
         "",
