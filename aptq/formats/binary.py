@@ -11,7 +11,7 @@ from torch import Tensor
 from aptq import packing
 from aptq.api import AptqError, Option, QuantizedWeight
 from aptq.formats.binary_scales import one_scale, residual_scales, split_scales
-from aptq.formats.grouped import GroupedGrid, check_group
+from aptq.formats.grouped import GroupedGrid, check_group, index_dtype
 from aptq.formats.scales import FLOATS, stored_scale
 
 SALIENT = "salient"
@@ -175,7 +175,7 @@ class Binary:
             **({"means": scales} if self.centre else {}),
             "scales": scales,
             "scales_high": ((groups * both + bool(count), out_features), scales[1]),
-            SALIENT: ((count,), _index_dtype(in_features)),
+            SALIENT: ((count,), index_dtype(in_features)),
         }
 
 
@@ -226,7 +226,7 @@ class BinaryGrid(GroupedGrid):
             **({"means": means} if self.format.centre else {}),
             "scales": low,
             "scales_high": high[first:].clone(),
-            SALIENT: self.salient.to(_index_dtype(width)),
+            SALIENT: self.salient.to(index_dtype(width)),
         }
         return QuantizedWeight(codes=self._natural(codes), parameters=parameters)
 
@@ -259,7 +259,3 @@ def _groups(salient: Tensor, option: Option, width: int) -> list[Tensor]:
 def _with_two(salient: Tensor, option: Option, width: int) -> Tensor:
     """Return the inputs whose weights have two scales."""
     return torch.arange(width, device=salient.device) if option.bits == 2 else salient
-
-
-def _index_dtype(in_features: int) -> torch.dtype:
-    return torch.int16 if in_features <= torch.iinfo(torch.int16).max else torch.int32

@@ -37,6 +37,11 @@ def split_groups(values: Tensor, option: Option) -> list[Tensor]:
     return list(values.split(option.group_width(values.shape[-1]), dim=-1))
 
 
+def index_dtype(in_features: int) -> torch.dtype:
+    """Return the dtype that indices of inputs are stored in."""
+    return torch.int16 if in_features <= torch.iinfo(torch.int16).max else torch.int32
+
+
 def by_output(codes: Tensor, order: Tensor) -> Tensor:
     """Return codes ``[heads, in, rows]`` of columns in ``order [heads, in]`` as ``[heads rows, in]``, in their own."""
     natural = torch.empty_like(codes)

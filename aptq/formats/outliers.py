@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aptq.api import AptqError, EntryGrid, Format, FormatSet, Option, QuantizedWeight, RoundableFormat
-from aptq.formats.grouped import by_output, split_groups
+from aptq.formats.grouped import by_output, index_dtype, split_groups
 from aptq.formats.scales import FLOATS
 
 _VALUE_DTYPES = ("float16", "bfloat16")
@@ -132,8 +132,8 @@ class Outliers:
         count = (self._count(shape[0] * shape[1]),)
         return {
             **self.inner.packed_layout(option, shape),
-            COLUMNS: (count, _index_dtype(shape[1])),
-            COUNTS: ((shape[0],), _index_dtype(shape[1])),
+            COLUMNS: (count, index_dtype(shape[1])),
+            COUNTS: ((shape[0],), index_dtype(shape[1])),
             VALUES: (count, FLOATS[self.value_dtype]),
         }
 
@@ -181,8 +181,8 @@ class OutlierGrid:
         rows, columns = (by_row >= _FIRST).nonzero(as_tuple=True)
         bits = by_row[rows, columns] - _FIRST
         sparse = {
-            COLUMNS: columns.to(_index_dtype(codes.shape[1])),
-            COUNTS: rows.bincount(minlength=by_row.shape[0]).to(_index_dtype(codes.shape[1])),
+            COLUMNS: columns.to(index_dtype(codes.shape[1])),
+            COUNTS: rows.bincount(minlength=by_row.shape[0]).to(index_dtype(codes.shape[1])),
             VALUES: torch.where(bits >= 1 << 15, bits - _FIRST, bits).to(torch.int16).view(self.dtype),
         }
         return replace(inner, parameters={**inner.parameters, **sparse})
@@ -193,10 +193,6 @@ def _coded_apart(grid: object) -> EntryGrid:
     if not isinstance(grid, EntryGrid):
         raise AptqError("format=outliers needs a format.inner that codes each weight by itself, such as integer.")
     return grid
-
-
-def _index_dtype(in_features: int) -> torch.dtype:
-    return torch.int16 if in_features <= torch.iinfo(torch.int16).max else torch.int32
 
 
 def _filled(weight: Tensor, mask: Tensor, option: Option) -> Tensor:

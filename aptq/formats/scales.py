@@ -47,7 +47,8 @@ def scale_unit(largest: Tensor, scale_dtype: str) -> Tensor:
 def rounded_scale(scale: Tensor, scale_dtype: str, unit: Tensor) -> Tensor:
     """Return a scale as it is stored, in its own dtype; one unit where it is 0, since all that it scales is 0.
 
-    NaN and infinity stay what they are, or become one the other. ``e8m0`` takes ``2^floor(log2(3/2 scale))``: for FP4,
+    NaN and infinity stay what they are, or become one the other; but infinity is ``e4m3``'s largest number in a finite
+    unit. ``e8m0`` takes ``2^floor(log2(3/2 scale))``: for FP4,
     whose largest number is 6, this is the specification's ``2^(floor(log2(max)) - 2)``.
 
     Args:
@@ -73,7 +74,7 @@ def stored_scale(scale: Tensor, scale_dtype: str, unit: Tensor, bits: int) -> Te
         AptqError: it is not finite in ``scale_dtype``.
     """
     rounded = rounded_scale(scale, scale_dtype, unit)
-    if not bool(torch.isfinite(rounded).all()):  # nor is a scale that is not, once rounded
+    if not bool((torch.isfinite(scale) & torch.isfinite(rounded)).all()):
         raise AptqError(
             f"A weight range has a scale of {scale.max().item():.3g} at {bits} bits, not finite in {scale_dtype}; "
             "use format.scale_dtype=float32, or look for NaN and Inf in the model."

@@ -10,7 +10,7 @@ possible at a rate of ``k`` bits: with ``L = 10`` a mean squared error of 0.072,
 Source: trellis-coded quantization is Marcellin and Fischer's (IEEE Transactions on Communications 38(1), 1990);
 shifting bits as the trellis, and codes that are computed, Tseng et al.'s "QTIP" (NeurIPS 2024). Ours is the code:
 quantiles of the normal distribution in the order of a linear congruential sequence, whose multipliers were searched,
-by a polynomial in 16-bit integers. Exact quantiles lose as much to a few thousandths (6 bits: a fiftieth).
+by a polynomial in 16-bit integers. Exact quantiles lose as much to a hundredth or so (6 bits: four hundredths more).
 """
 
 from __future__ import annotations

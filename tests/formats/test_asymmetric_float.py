@@ -24,7 +24,7 @@ def test_keeps_the_contract_whatever_the_options(format: AsymmetricFloat) -> Non
 
 @pytest.mark.parametrize("quantizer", [GPTQ(), TwoSided()])
 def test_works_under_other_quantizers_than_nearest(quantizer: GPTQ | TwoSided) -> None:
-    check_quantizer(quantizer, format=AsymmetricFloat(), bits=(3,))
+    check_quantizer(quantizer, format=AsymmetricFloat(), bits=(3, 4))
 
 
 def _values(format: Float, weight: Tensor, option: Option) -> Tensor:  # or AsymmetricFloat

@@ -49,6 +49,13 @@ def test_zeros_are_scaled_by_something_and_infinity_is_refused(name: str) -> Non
         stored_scale(wide, name, scale_unit(wide.max(), name), 4)
 
 
+@pytest.mark.parametrize("name", SCALE_DTYPES)
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_scale_that_is_not_finite_is_refused_whatever_it_is_rounded_to(value: float, name: str) -> None:
+    with pytest.raises(AptqError, match="not finite"):
+        stored_scale(torch.tensor([1.0, value]), name, torch.tensor(1.0), 4)
+
+
 @pytest.mark.parametrize("name", ["e4m3", "e8m0"])
 @pytest.mark.parametrize("format", [Float, AsymmetricFloat, Integer])
 def test_formats_keep_their_contract_with_scales_of_eight_bits(

@@ -68,6 +68,17 @@ static void in_strips(const Layer& layer, int64_t rows, void* y, int64_t type, i
     });
 }
 
+// Call `work(range, place)` for tiles of outputs from `begin` to `end`, whose dense weights go to `place` in `to`.
+template <class Work>
+static void in_tiles(const Layer& layer, int64_t begin, int64_t end, void* to, int64_t type, int64_t threads,
+                     const Work& work) {
+    in_parallel(ceil_div(end - begin, TILE), threads, dense_time((end - begin) * layer.inputs), [&](int64_t part) {
+        Range range{begin + part * TILE, begin + (part + 1) * TILE};
+        if (range.end > end) range.end = end;
+        work(range, (char*)to + part * TILE * size_of(type));
+    });
+}
+
 template <int BITS, int D>
 static void integers(const Layer& layer, const void* x, void* y, int64_t rows, int64_t type, int64_t threads) {
     int64_t chunks = chunks_of(layer), quads = ceil_div(layer.inputs, UNIT) * QUADS;
@@ -185,11 +196,7 @@ void aptq_trellis_multiply(const Layer* layer, const States* states, const Rotat
 // As aptq_dense, for values of states.
 void aptq_trellis_dense(const Layer* layer, const States* states, int64_t begin, int64_t end, void* to, int64_t stride,
                         int64_t type, int64_t threads) {
-    int64_t nanoseconds = dense_time((end - begin) * layer->inputs);
-    in_parallel(ceil_div(end - begin, TILE), threads, nanoseconds, [&](int64_t part) {
-        Range range{begin + part * TILE, begin + (part + 1) * TILE};
-        if (range.end > end) range.end = end;
-        char* place = (char*)to + part * TILE * size_of(type);
+    in_tiles(*layer, begin, end, to, type, threads, [&](Range range, char* place) {
         by_bits<6>(layer->bits, [&](auto bits) {
             constexpr int B = bits.value;
             auto run = states->computed ? (type == FLOAT32 ? write_states<B, FLOAT32, true> : write_states<B, BFLOAT16, true>)
@@ -217,11 +224,7 @@ void aptq_multiply(const Layer* layer, const Rotation* rotation, const void* x, 
 // is room for whole tiles: inputs and `stride` are the next multiples of 32.
 void aptq_dense(const Layer* layer, int64_t begin, int64_t end, void* to, int64_t stride, int64_t type,
                 int64_t threads) {
-    int64_t nanoseconds = dense_time((end - begin) * layer->inputs);
-    in_parallel(ceil_div(end - begin, TILE), threads, nanoseconds, [&](int64_t part) {
-        Range range{begin + part * TILE, begin + (part + 1) * TILE};
-        if (range.end > end) range.end = end;
-        char* place = (char*)to + part * TILE * size_of(type);
+    in_tiles(*layer, begin, end, to, type, threads, [&](Range range, char* place) {
         by_bits(layer->bits, [&](auto bits) {
             if (type == FLOAT32) write_dense<bits.value, FLOAT32>(*layer, range, place, stride);
             else write_dense<bits.value, BFLOAT16>(*layer, range, place, stride);

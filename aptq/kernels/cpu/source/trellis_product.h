@@ -72,7 +72,7 @@ static inline Words extended(Runs& before, Words run) {
 }
 
 // Call `use(constant<tile>, even, odd)` for every PAIRS_TILE outputs of two inputs, whose symbols are given: values of
-// outputs 0, 2, 4, ... and 1, 3, 5, ... of either input, to be scaled by UNIT where they are computed.
+// outputs 0, 2, 4, ... and 1, 3, 5, ... of either input, in units where they are computed.
 template <int BITS, int TILES, bool COMPUTED, class Use>
 static inline __attribute__((always_inline)) void each_values(const States& states, const Quantiles& quantiles,
                                                               const uint32_t* symbols, Use&& use) {
@@ -105,7 +105,8 @@ static inline __attribute__((always_inline)) void each_values(const States& stat
     });
 }
 
-// Scales of PAIRS_TILE TILES outputs from `column` on, 0 behind the last one; those of computed values times UNIT.
+// Scales of PAIRS_TILE TILES outputs from `column` on, 0 behind the last one; those of computed values
+// times their unit.
 template <int TILES, bool COMPUTED>
 static inline void read_scales(const Layer& layer, int64_t group, int64_t column, Floats* to) {
     int64_t size = size_of(layer.scale_type), rest = layer.outputs - column, first = group * layer.outputs + column;
