@@ -48,8 +48,8 @@ def rounded_scale(scale: Tensor, scale_dtype: str, unit: Tensor) -> Tensor:
     """Return a scale as it is stored, in its own dtype; one unit where it is 0, since all that it scales is 0.
 
     NaN and infinity stay what they are, or become one the other; but infinity is ``e4m3``'s largest number in a finite
-    unit. ``e8m0`` takes ``2^floor(log2(3/2 scale))``: for FP4,
-    whose largest number is 6, this is the specification's ``2^(floor(log2(max)) - 2)``.
+    unit. ``e8m0`` takes ``2^floor(log2(3/2 scale))``: for FP4, whose largest number is 6, this is the specification's
+    ``2^(floor(log2(max)) - 2)``.
 
     Args:
         scale: of any shape, not negative.
