@@ -13,15 +13,22 @@ from aptq import _autoload
 
 if TYPE_CHECKING:
     from aptq.config import compose as compose
+    from aptq.decoding import Decoder as Decoder
     from aptq.experiment import quantize as quantize
     from aptq.hf import load as load
     from aptq.run import Run as Run
 
     __version__: str
 
-__all__ = ["Run", "__version__", "compose", "load", "quantize"]
+__all__ = ["Decoder", "Run", "__version__", "compose", "load", "quantize"]
 
-_HOMES = {"Run": "aptq.run", "compose": "aptq.config", "load": "aptq.hf", "quantize": "aptq.experiment"}
+_HOMES = {
+    "Decoder": "aptq.decoding",
+    "Run": "aptq.run",
+    "compose": "aptq.config",
+    "load": "aptq.hf",
+    "quantize": "aptq.experiment",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 OPERATORS = torch.library.Library("aptq", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
 def plain(x: Tensor) -> bool:
@@ -15,7 +20,42 @@ def plain(x: Tensor) -> bool:
 
     Tensors without data, gradients, and graphs that are being traced have to meet the operator.
     """
-    return type(x) is Tensor and not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled())
+    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return type(x) is Tensor and not traced and not (x.requires_grad and torch.is_grad_enabled())
+
+
+class Bound:
+    """Products with some packed weights, as functions of the activations alone.
+
+    ``torch.ops.aptq.bound`` finds it by its number while somebody holds it.
+
+    Args:
+        products: what returns ``x W^T [..., out]`` of ``x [..., in]``, for each weight.
+        widths: each ``out``.
+    """
+
+    def __init__(self, products: list[Callable[[Tensor], Tensor]], widths: list[int]) -> None:
+        self.products, self.widths = products, widths
+        self.number = next(_numbers)
+        _bound[self.number] = self
+
+
+_numbers = count()
+_bound: WeakValueDictionary[int, Bound] = WeakValueDictionary()
+_binders: dict[Any, Callable[..., Callable[[Tensor], Tensor]]] = {}
+
+
+def bind(operator: Any, arguments: tuple[Any, ...]) -> Callable[[Tensor], Tensor] | None:
+    """Return an operator's product as a function of ``x`` alone, or None where it has no such form.
+
+    What can be done for a weight once is done here: a product is then as fast as its kernel, where layers are small.
+
+    Args:
+        operator: of torch, with its overload.
+        arguments: those behind ``x``; the function holds them.
+    """
+    binder = _binders.get(operator)
+    return None if binder is None else binder(*arguments)
 
 
 def define_product(
@@ -26,6 +66,7 @@ def define_product(
     *,
     weight: str = "Tensor qweight, Tensor scales",
     fake: Callable[..., Tensor] | None = None,
+    binder: Callable[..., Callable[[Tensor], Tensor]] | None = None,
 ) -> None:
     """Define ``torch.ops.aptq.<name>``, which compiled and captured graphs can hold.
 
@@ -36,13 +77,31 @@ def define_product(
         device: of the tensors that it takes, a dispatch key of torch ("CPU", "CUDA").
         weight: arguments behind ``x``; scales are ``[groups, out]``.
         fake: gives an empty result of the product's shape; default: as wide as ``scales``.
+        binder: takes all arguments but ``x`` and returns what ``bind`` does.
     """
     schema = f"{name}(Tensor x, {weight}, {arguments}) -> Tensor"
-    OPERATORS.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    OPERATORS.define(schema, tags=_TAGS)
     OPERATORS.impl(name, product, device)
     torch.library.register_fake(f"aptq::{name}", fake or _fake, lib=OPERATORS)
+    if binder is not None:
+        _binders[getattr(torch.ops.aptq, name).default] = binder
 
 
 def _fake(x: Tensor, qweight: Tensor, scales: Tensor, *rest: object) -> Tensor:
     del qweight, rest
     return x.new_empty(*x.shape[:-1], scales.shape[1])
+
+
+def _products(x: Tensor, number: int, widths: list[int]) -> list[Tensor]:
+    del widths
+    return [product(x) for product in _bound[number].products]
+
+
+def _fake_products(x: Tensor, number: int, widths: list[int]) -> list[Tensor]:
+    del number
+    return [x.new_empty(*x.shape[:-1], width) for width in widths]
+
+
+OPERATORS.define("bound(Tensor x, int number, int[] widths) -> Tensor[]", tags=_TAGS)
+OPERATORS.impl("bound", _products, "CompositeExplicitAutograd")
+torch.library.register_fake("aptq::bound", _fake_products, lib=OPERATORS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -164,14 +165,30 @@ class Library:
             digits: bytes that an activation becomes where codes are integers: 1 to 3.
             turn: ``T``; its product is rounded to the dtype of ``x``, as ``rotate`` rounds it.
         """
-        y = x.new_empty((*x.shape[:-1], layer.scales.shape[1]))
-        rotation = None if turn is None else turn.struct()
-        at = x.data_ptr(), y.data_ptr(), x.numel() // layer.in_features, TYPES[x.dtype]
-        if (states := layer.states_struct()) is not None:
-            self._states_multiply(layer.struct(), states, rotation, *at, torch.get_num_threads())
+        return self.bind(layer, digits, turn)(x)
+
+    def bind(self, layer: Packed, digits: int, turn: Turn | None = None) -> Callable[[Tensor], Tensor]:
+        """Return ``multiply`` as a function of ``x``, on as many threads as torch has now.
+
+        The function holds the tensors of the weight.
+        """
+        first: list[Reference | None] = [layer.struct()]  # structures hold no tensors
+        last = [torch.get_num_threads()]
+        if (states := layer.states_struct()) is None:
+            last.insert(0, digits)
         else:
-            self._multiply(layer.struct(), rotation, *at, digits, torch.get_num_threads())
-        return y
+            first.append(states)
+        first.append(None if turn is None else turn.struct())
+        multiply = self._multiply if states is None else self._states_multiply
+        weight = layer, turn
+
+        def product(x: Tensor) -> Tensor:
+            held, _ = weight
+            y = x.new_empty((*x.shape[:-1], held.scales.shape[1]))
+            multiply(*first, x.data_ptr(), y.data_ptr(), x.numel() // held.in_features, TYPES[x.dtype], *last)
+            return y
+
+        return product
 
     def rotate(self, x: Tensor, turn: Turn) -> Tensor:
         """Return ``x T``, like ``x [rows, width]``, contiguous and of a dtype in ``TYPES``."""

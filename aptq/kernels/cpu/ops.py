@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,9 @@ from aptq.errors import AptqError
 from aptq.kernels.cpu.library import TILE, Library, Packed, Turn, load_kernels
 from aptq.kernels.operators import define_product
 from aptq.packing import UNIT
+
+Product = Callable[[Tensor], Tensor]
+"""With one weight: ``x W^T [..., out]`` of ``x [..., in]``."""
 
 _DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 """Bytes of the fixed-point numbers that activations become: enough that rounding to the dtype is what one sees."""
@@ -59,12 +65,8 @@ def cpu_matmul(
     Raises:
         AptqError: the width of ``x`` is not the weight's.
     """
-    kernels, width = load_kernels(architecture, folder), _width(x, qweight)
-    packed = Packed(qweight, scales, below, qzeros, levels, width, group)
-    turn = None if signs is None or matrix is None else Turn(signs, matrix)
-    if x.numel() <= width * _direct_rows(kernels, packed, x.dtype, int8):
-        return kernels.multiply(x.contiguous(), packed, 1 if int8 else _DIGITS[x.dtype], turn)
-    return _by_strips(kernels, packed, x, turn)
+    weight = qweight, scales, below, qzeros, levels, signs, matrix, group, int8, architecture, folder
+    return _product(_width(x, qweight), x.dtype, *weight)(x)
 
 
 def cpu_trellis_matmul(
@@ -79,12 +81,76 @@ def cpu_trellis_matmul(
     folder: str,
 ) -> Tensor:
     """Return what ``cpu_matmul`` does for a weight whose values are those of states (``Packed.states``)."""
-    kernels, width = load_kernels(architecture, folder), _width(x, qweight)
+    weight = qweight, scales, states, signs, matrix, group, architecture, folder
+    return _states_product(_width(x, qweight), x.dtype, *weight)(x)
+
+
+def _product(
+    width: int,
+    dtype: torch.dtype,
+    qweight: Tensor,
+    scales: Tensor,
+    below: Tensor | None,
+    qzeros: Tensor | None,
+    levels: Tensor | None,
+    signs: Tensor | None,
+    matrix: Tensor | None,
+    group: int,
+    int8: bool,
+    architecture: str,
+    folder: str,
+) -> Product:
+    """Return ``cpu_matmul`` as a function of ``x [..., width]`` of one dtype."""
+    kernels = load_kernels(architecture, folder)
+    packed = Packed(qweight, scales, below, qzeros, levels, width, group)
+    most = _direct_rows(kernels, packed, dtype, int8)
+    return _by_rows(kernels, packed, 1 if int8 else _DIGITS[dtype], _turn(signs, matrix), most)
+
+
+def _states_product(
+    width: int,
+    dtype: torch.dtype,
+    qweight: Tensor,
+    scales: Tensor,
+    states: Tensor,
+    signs: Tensor | None,
+    matrix: Tensor | None,
+    group: int,
+    architecture: str,
+    folder: str,
+) -> Product:
+    """Return ``cpu_trellis_matmul`` as a function of ``x [..., width]`` of one dtype."""
+    del dtype
     packed = Packed(qweight, scales, None, None, None, width, group, states)
-    turn = None if signs is None or matrix is None else Turn(signs, matrix)
-    if x.numel() <= width * _DIRECT_STATES:
-        return kernels.multiply(x.contiguous(), packed, 0, turn)
-    return _by_strips(kernels, packed, x, turn)
+    return _by_rows(load_kernels(architecture, folder), packed, 0, _turn(signs, matrix), _DIRECT_STATES)
+
+
+def _by_rows(kernels: Library, packed: Packed, digits: int, turn: Turn | None, most: float) -> Product:
+    """Return the product that reads codes themselves for at most so many rows of ``x``, and unpacks them for more."""
+    direct, most = kernels.bind(packed, digits, turn), most * packed.in_features
+
+    def product(x: Tensor) -> Tensor:
+        return direct(x.contiguous()) if x.numel() <= most else _by_strips(kernels, packed, x, turn)
+
+    return product
+
+
+def _turn(signs: Tensor | None, matrix: Tensor | None) -> Turn | None:
+    return None if signs is None or matrix is None else Turn(signs, matrix)
+
+
+def _bound(make: Callable[..., Product], qweight: Tensor, *weight: object) -> Product:
+    """Return the product with a weight for inputs of any dtype, made when it first meets one."""
+    made: dict[tuple[int, torch.dtype], Product] = {}
+
+    def product(x: Tensor) -> Tensor:
+        run = made.get((x.shape[-1], x.dtype))
+        if run is None:
+            width = _width(x, qweight)
+            run = made[width, x.dtype] = make(width, x.dtype, qweight, *weight)
+        return run(x)
+
+    return product
 
 
 def _width(x: Tensor, qweight: Tensor) -> int:
@@ -129,10 +195,12 @@ define_product(
     f"Tensor? below, Tensor? qzeros, Tensor? levels, {_TURN}, int group, bool int8, {_BUILD}",
     cpu_matmul,
     "CPU",
+    binder=partial(_bound, _product),
 )
 define_product(
     "cpu_trellis_matmul",
     f"Tensor states, {_TURN}, int group, {_BUILD}",
     cpu_trellis_matmul,
     "CPU",
+    binder=partial(_bound, _states_product),
 )

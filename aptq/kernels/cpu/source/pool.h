@@ -1,11 +1,13 @@
 // Threads that help with a job while it lasts. Nobody waits for a thread that has not begun: where the other cores are
 // busy, or a process was forked and has no other threads, the caller does all of the work itself. So it does where all
-// sleep and waking them would take longer than they save.
+// sleep and waking them would take longer than they save, unless jobs come so quickly after each other that threads, once
+// awake, stay so.
 #pragma once
 
 #include <immintrin.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <memory>
@@ -25,17 +27,22 @@ struct Job {
 };
 
 class Pool {
-    static constexpr int SPINS = 4000;  // pauses before a thread that finds nothing to do sleeps: some 50 microseconds
+    static constexpr int64_t PATIENCE = 80'000;  // nanoseconds that a thread looks for something to do before it sleeps
     std::mutex mutex;
     std::condition_variable wake;
     std::shared_ptr<Job> job;
-    std::atomic<int64_t> posted{0}, awake{0};
+    std::atomic<int64_t> posted{0}, awake{0}, ended{0}, quick{0};
     int64_t threads = 0;
+
+    static int64_t now() {
+        return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    }
 
     void serve(int64_t index) {
         int64_t seen = 0;
         for (;;) {
-            for (int spin = 0; spin < SPINS && posted.load(std::memory_order_acquire) == seen; spin++) _mm_pause();
+            for (int64_t end = now() + PATIENCE; posted.load(std::memory_order_acquire) == seen && now() < end;)
+                for (int spin = 0; spin < 16; spin++) _mm_pause();
             std::shared_ptr<Job> mine;
             {
                 std::unique_lock<std::mutex> lock(mutex);
@@ -55,6 +62,17 @@ class Pool {
         static Pool* pool = new Pool;
         return *pool;
     }
+
+    static constexpr int64_t QUICKLY = 70'000;   // nanoseconds between jobs, in which threads do not fall asleep
+    static constexpr int64_t MANY = 8;          // more jobs than layers that read one input: there are more to come
+
+    // A job begins: return whether it is the last of many that came quickly.
+    bool begins() {
+        bool soon = now() - ended.load(std::memory_order_relaxed) < QUICKLY;
+        quick.store(soon ? quick.load(std::memory_order_relaxed) + 1 : 0, std::memory_order_relaxed);
+        return quick.load(std::memory_order_relaxed) >= MANY;
+    }
+    void ends() { ended.store(now(), std::memory_order_relaxed); }
 
     // Return false, with nothing done, where all threads sleep and are not to be woken.
     bool run(int64_t parts, int64_t workers, bool wakes, void (*work)(const void*, int64_t), const void* context) {
@@ -82,6 +100,9 @@ template <class Work>
 static void in_parallel(int64_t parts, int64_t threads, int64_t nanoseconds, const Work& work) {
     if (threads > parts) threads = parts;
     auto run = [](const void* context, int64_t part) { (*(const Work*)context)(part); };
-    if (threads > 1 && Pool::shared().run(parts, threads, nanoseconds >= WORTH_WAKING, run, &work)) return;
-    for (int64_t part = 0; part < parts; part++) work(part);
+    Pool& pool = Pool::shared();
+    bool wakes = threads > 1 && (pool.begins() || nanoseconds >= WORTH_WAKING);
+    if (threads <= 1 || !pool.run(parts, threads, wakes, run, &work))
+        for (int64_t part = 0; part < parts; part++) work(part);
+    if (threads > 1) pool.ends();
 }

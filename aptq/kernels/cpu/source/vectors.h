@@ -101,6 +101,16 @@ static inline void interleave(Floats even, Floats odd, Floats& low, Floats& high
 static inline Floats gather(const float* table, Words index) {
     return (Floats)_mm512_i32gather_ps((__m512i)index, table, 4);
 }
+// floats * scale, to the nearest integers.
+static inline Ints rounded(Floats floats, double scale) {
+    __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)floats)) * scale;
+    __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)floats, 1)) * scale;
+    return (Ints)_mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtpd_epi32(low)), _mm512_cvtpd_epi32(high), 1);
+}
+// The low byte of every lane.
+static inline void store_bytes(int8_t* to, Ints ints) {
+    _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)ints));
+}
 // sums + the products of 16-bit halves, added in pairs.
 static inline Ints dot_pairs(Ints sums, Ints left, Ints right) {
 #ifdef __AVX512VNNI__
@@ -169,6 +179,18 @@ static inline void interleave(Floats even, Floats odd, Floats& low, Floats& high
 }
 static inline Floats gather(const float* table, Words index) {
     return (Floats)_mm256_i32gather_ps(table, (__m256i)index, 4);
+}
+static inline Ints rounded(Floats floats, double scale) {
+    __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)floats)) * scale;
+    __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)floats, 1)) * scale;
+    return (Ints)_mm256_set_m128i(_mm256_cvtpd_epi32(high), _mm256_cvtpd_epi32(low));
+}
+static inline void store_bytes(int8_t* to, Ints ints) {
+    const __m256i lowest = _mm256_set1_epi32(0x0C080400);
+    __m256i bytes = _mm256_shuffle_epi8((__m256i)ints, lowest);
+    int32_t low = _mm256_extract_epi32(bytes, 0), high = _mm256_extract_epi32(bytes, 4);
+    std::memcpy(to, &low, 4);
+    std::memcpy(to + 4, &high, 4);
 }
 static inline Ints dot_pairs(Ints sums, Ints left, Ints right) {
     return sums + (Ints)_mm256_madd_epi16((__m256i)left, (__m256i)right);

@@ -1,0 +1,152 @@
+"""A function of tensors as the operators that it ran, compiled, without the Python between them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from aptq.errors import AptqError
+from aptq.kernels.operators import Bound, bind
+
+_LARGE = 1 << 20
+"""Entries of a dense weight whose product is worth more than one thread."""
+
+_UNKNOWN_SHAPES = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
+_INSTEAD = "Decode with the model's own generate()."
+
+
+class Captured:
+    """What ``capture`` returns: the function again, for inputs of the same shapes.
+
+    Tensors that the function read besides its input, weights among them, are read where they are: nothing is copied,
+    and a model that is moved or changed has to be captured again.
+    """
+
+    def __init__(self, run: Callable[[Tensor], Any], bound: list[Bound], threads: int) -> None:
+        self._run, self._bound, self._threads = run, bound, threads
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what the function returns for ``x``."""
+        with _Threads(self._threads):
+            y = self._run(x)
+        return y if isinstance(y, Tensor) else y[0]
+
+
+@torch.no_grad()
+def capture(function: Callable[[Tensor], Tensor], x: Tensor) -> Captured:
+    """Run ``function(x)`` once and return what it ran: operators in their order, on tensors of the same shapes.
+
+    Products with packed weights are bound to their weights (``aptq.kernels.operators``), so that a call is little more
+    than the kernel, on as many threads as torch has now; what lies between them is compiled by Inductor. Where all
+    large weights are packed, torch itself gets one thread: others of its own would only take cores from the products'.
+
+    Args:
+        function: of one tensor; it may change tensors of its own in place, as caches do, which the call here does too.
+        x: the input that it is run on.
+
+    Raises:
+        AptqError: the function has operators whose results' shapes depend on values, or reads values itself, so that
+            what it does for another input may be something else; or there is no compiler.
+    """
+    try:
+        # A lambda: make_fx counts the arguments of methods wrongly.
+        graph = make_fx(lambda each: function(each), tracing_mode="real", _allow_non_fake_inputs=True)(x)
+    except RuntimeError as error:
+        if "tracing" not in str(error):
+            raise
+        why = str(error).strip().partition("\n")[0]
+        raise AptqError(f"This model decides by its activations what it runs: {why} {_INSTEAD}") from error
+    for node in graph.graph.nodes:
+        if _has_unknown_shape(node):
+            raise AptqError(
+                f"This model runs {node.target}, whose result's shape depends on values (mixtures of experts do), so "
+                f"that a step of it cannot be captured. {_INSTEAD}"
+            )
+    bound = _bind_products(graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    threads = torch.get_num_threads() if _has_large_products(graph) else 1
+    with _Threads(threads):
+        try:
+            run = torch._inductor.compile(graph, [x])
+        except RuntimeError as error:
+            why = str(error).strip().partition("\n")[0]
+            raise AptqError(f"A step of this model cannot be compiled: {why} {_INSTEAD}") from error
+    return Captured(run, bound, threads)
+
+
+class _Threads:
+    """So many threads for torch's own operators while the context lasts."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._before = count, count
+
+    def __enter__(self) -> None:
+        self._before = torch.get_num_threads()
+        if self._before != self._count:
+            torch.set_num_threads(self._count)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before != self._count:
+            torch.set_num_threads(self._before)
+
+
+def _has_unknown_shape(node: fx.Node) -> bool:
+    """Return whether the shape of a node's result may differ for other values."""
+    if node.target is torch.ops.aten.index.Tensor:  # integers give shapes that are known
+        indices: Any = node.args[1]
+        return any(each is not None and each.meta["val"].dtype in (torch.bool, torch.uint8) for each in indices)
+    return any(tag in getattr(node.target, "tags", ()) for tag in _UNKNOWN_SHAPES)
+
+
+def _has_large_products(graph: fx.GraphModule) -> bool:
+    """Return whether there are products with large weights that are not packed."""
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+    return any(
+        argument.meta["val"].numel() >= _LARGE
+        for node in graph.graph.nodes
+        if node.target in products
+        for argument in node.all_input_nodes
+    )
+
+
+def _bind_products(graph: fx.GraphModule) -> list[Bound]:
+    """Put ``aptq::bound`` in the place of products, one for all that read the same input; return what it looks up."""
+    products: dict[fx.Node, list[tuple[fx.Node, Callable[[Tensor], Tensor]]]] = {}
+    for node in graph.graph.nodes:
+        if (product := _product(graph, node)) is not None:
+            products.setdefault(node.args[0], []).append((node, product))
+    bound = []
+    for mine in products.values():
+        x = mine[0][0].args[0]  # by now perhaps the result of another product
+        widths = [node.meta["val"].shape[-1] for node, _ in mine]
+        bound.append(Bound([product for _, product in mine], widths))
+        with graph.graph.inserting_before(mine[0][0]):
+            together = graph.graph.call_function(torch.ops.aptq.bound.default, (x, bound[-1].number, widths))
+        for index, (node, _) in enumerate(mine):
+            with graph.graph.inserting_before(node):
+                own = graph.graph.call_function(operator.getitem, (together, index))
+            node.replace_all_uses_with(own)
+            graph.graph.erase_node(node)
+    return bound
+
+
+def _product(graph: fx.GraphModule, node: fx.Node) -> Callable[[Tensor], Tensor] | None:
+    """Return the product that a node is with a weight that stays what it is, or None."""
+    if node.op != "call_function":
+        return None
+    arguments: list[Any] = []
+    for argument in node.args[1:]:
+        if not isinstance(argument, fx.Node):
+            arguments.append(argument)
+        elif argument.op == "get_attr":
+            arguments.append(getattr(graph, str(argument.target)))
+        else:
+            return None
+    return bind(node.target, tuple(arguments))
