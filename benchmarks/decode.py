@@ -27,14 +27,20 @@ from provenance import commit
 RESULTS = Path(__file__).parent / "results" / "decode"
 PROMPT = "The history of the steam engine begins"
 CONTESTANTS = {
-    "packed, backend cpu, float32": ("packed", "float32"),
-    "packed, backend cpu, bfloat16": ("packed", "bfloat16"),
-    "packed, backend cpu, int8 activations, float32": ("int8", "float32"),
-    "the same weights dense, float32": ("dense", "float32"),
-    "the same weights dense, bfloat16": ("dense", "bfloat16"),
-    "original, float32": ("original", "float32"),
-    "original, bfloat16": ("original", "bfloat16"),
+    "packed, backend cpu, float32": ("packed", "float32", "own"),
+    "packed, backend cpu, bfloat16": ("packed", "bfloat16", "own"),
+    "packed, backend cpu, int8 activations, float32": ("int8", "float32", "own"),
+    "packed, captured step, float32": ("packed", "float32", "captured"),
+    "packed, captured step, bfloat16": ("packed", "bfloat16", "captured"),
+    "packed, captured step, int8 activations, float32": ("int8", "float32", "captured"),
+    "the same weights dense, float32": ("dense", "float32", "own"),
+    "the same weights dense, bfloat16": ("dense", "bfloat16", "own"),
+    "original, float32": ("original", "float32", "own"),
+    "original, bfloat16": ("original", "bfloat16", "own"),
+    "original, captured step, float32": ("original", "float32", "captured"),
+    "original, captured step, bfloat16": ("original", "bfloat16", "captured"),
 }
+"""Weights, dtype and step: the model's own, or that of ``aptq.Decoder``."""
 
 
 def main() -> None:
@@ -62,7 +68,6 @@ def main() -> None:
         "tokens": options.tokens,
         "rounds": options.rounds,
         "threads": options.threads,
-        "compiled": options.compile,
         "results": {
             name: {
                 "tokens_per_second": statistics.median(rates[name]),
@@ -86,7 +91,7 @@ def main() -> None:
 def _command(options: argparse.Namespace) -> str:
     """Return what makes the table, with names in place of paths."""
     words = ["--rounds", str(options.rounds), "--tokens", str(options.tokens), "--threads", str(options.threads)]
-    words += [*(["--compile"] if options.compile else []), "--packed", "RUN/model", "--original", "MODEL"]
+    words += ["--packed", "RUN/model", "--original", "MODEL"]
     if options.gguf:
         words += ["--gguf", options.gguf.name, "--llama", "PYTHON"]
     if set(options.contestants) != set(CONTESTANTS):
@@ -101,18 +106,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64, help="decoded in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=machine.usable_cores())
-    parser.add_argument("--compile", action="store_true", help="decode with torch.compile, all contestants alike")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME")
     parser.add_argument("--gguf", type=Path, help="a model for llama.cpp")
     parser.add_argument("--llama", default=sys.executable, help="python that has llama-cpp-python", metavar="PYTHON")
     parser.add_argument("--output", type=Path, default=RESULTS, help="of the table, without a suffix")
-    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _start(options: argparse.Namespace, kind: str, dtype: str) -> subprocess.Popen[str]:
+def _start(options: argparse.Namespace, kind: str, dtype: str, step: str) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, "--packed", options.packed, "--original", options.original]
-    command += ["--threads", str(options.threads), "--serve", kind, dtype, *(["--compile"] if options.compile else [])]
+    command += ["--threads", str(options.threads), "--tokens", str(options.tokens), "--serve", kind, dtype, step]
     return _started(command, options.threads)
 
 
@@ -153,16 +157,16 @@ def _serve(options: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     torch.set_num_threads(options.threads)
-    kind, dtype = options.serve
+    kind, dtype, step = options.serve
     model = _load(kind, options, getattr(torch, dtype))
-    step = torch.compile(model.forward, fullgraph=True, dynamic=False) if options.compile else model
     tokenizer = AutoTokenizer.from_pretrained(options.packed)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    ways = _captured(model, ids.shape[1] + options.tokens) if step == "captured" else _own(model)
     size = sum(t.nbytes for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values())
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
-        with torch.inference_mode():
-            seconds, tokens = decode(model, step, ids, int(line))
+        with torch.no_grad():
+            seconds, tokens = decode(*ways, ids, int(line))
         answer = {"seconds": seconds, "rss_bytes": _resident(), "weight_bytes": size, "text": tokenizer.decode(tokens)}
         print(json.dumps(answer), flush=True)
 
@@ -190,24 +194,40 @@ def _load(kind: str, options: argparse.Namespace, dtype: Any) -> Any:
     return model
 
 
-def decode(model: Any, step: Any, ids: Any, count: int) -> tuple[float, list[int]]:
-    """Return the seconds that ``count`` tokens took after the prompt, greedily, with a static cache; and the tokens.
+def _captured(model: Any, length: int) -> tuple[Any, Any]:
+    """Return how to begin with a prompt, and to go on with a token, by a captured step."""
+    import aptq
 
-    ``step`` is the model as it takes a token.
-    """
-    import torch
+    decoder = aptq.Decoder(model, max_length=length)
+    decoder.prepare()
+    return lambda ids, count: decoder.prefill(ids), decoder.step
+
+
+def _own(model: Any) -> tuple[Any, Any]:
+    """Return the same by the model itself with a static cache."""
     from transformers import StaticCache
 
-    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + count)
-    position = torch.arange(ids.shape[1])
-    logits = model(ids, past_key_values=cache, cache_position=position).logits
+    caches: list[Any] = [None]
+
+    def begin(ids: Any, count: int) -> Any:
+        caches[0] = StaticCache(config=model.config, max_cache_len=ids.shape[1] + count)
+        return go_on(ids)
+
+    def go_on(tokens: Any) -> Any:
+        return model(tokens, past_key_values=caches[0], logits_to_keep=1).logits[:, -1]
+
+    return begin, go_on
+
+
+def decode(begin: Any, go_on: Any, ids: Any, count: int) -> tuple[float, list[int]]:
+    """Return the seconds that ``count`` tokens took after the prompt, greedily; and the tokens."""
+    logits = begin(ids, count)
     tokens = []
     started = time.perf_counter()
-    for index in range(count):
-        token = logits[:, -1].argmax(-1, keepdim=True)
+    for _ in range(count):
+        token = logits.argmax(-1, keepdim=True)
         tokens.append(int(token))
-        position = torch.tensor([ids.shape[1] + index])
-        logits = step(token, past_key_values=cache, cache_position=position).logits
+        logits = go_on(token)
     return time.perf_counter() - started, tokens
 
 
@@ -226,10 +246,10 @@ def page(record: Mapping[str, Any]) -> str:
     lines = [
         f"# Greedy decoding, {record['model']}",
         "",
-        f"{record['tokens']} tokens after a short prompt, static cache, batch 1, {record['threads']} threads, "
-        f"{'all compiled (torch.compile)' if record['compiled'] else 'nothing compiled'}; medians of "
-        f"{record['rounds']} rounds in turn. Resident memory holds the interpreter, torch and the full-precision "
-        "embeddings too; weights are all tensors of the model.",
+        f"{record['tokens']} tokens after a short prompt, static cache, batch 1, {record['threads']} threads; medians "
+        f"of {record['rounds']} rounds in turn. *Captured step*: by `aptq.Decoder`, else by the model's own forward. "
+        "Resident memory holds the interpreter, torch (and its compiler, where a step is captured) and what of the "
+        "model is in full precision; weights are all tensors of the model.",
         "",
         "| | tokens/s | best | x original float32 | x original bfloat16 | weights MB | resident MB |",
         "|---|---|---|---|---|---|---|",
