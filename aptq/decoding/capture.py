@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from aptq.errors import AptqError
-from aptq.kernels.operators import Bound, bind
+from aptq.kernels.operators import Bound, binds
 
 _LARGE = 1 << 20
 """Entries of a dense weight whose product is worth more than one thread."""
@@ -118,15 +118,15 @@ def _has_large_products(graph: fx.GraphModule) -> bool:
 
 def _bind_products(graph: fx.GraphModule) -> list[Bound]:
     """Put ``aptq::bound`` in the place of products, one for all that read the same input; return what it looks up."""
-    products: dict[fx.Node, list[tuple[fx.Node, Callable[[Tensor], Tensor]]]] = {}
+    products: dict[tuple[Any, fx.Node], list[tuple[fx.Node, tuple[Any, ...]]]] = {}
     for node in graph.graph.nodes:
-        if (product := _product(graph, node)) is not None:
-            products.setdefault(node.args[0], []).append((node, product))
+        if binds(node.target) and (weight := _weight(graph, node)) is not None:
+            products.setdefault((node.target, node.args[0]), []).append((node, weight))
     bound = []
-    for mine in products.values():
+    for (target, _), mine in products.items():
         x = mine[0][0].args[0]  # by now perhaps the result of another product
         widths = [node.meta["val"].shape[-1] for node, _ in mine]
-        bound.append(Bound([product for _, product in mine], widths))
+        bound.append(Bound(target, [weight for _, weight in mine], widths))
         with graph.graph.inserting_before(mine[0][0]):
             together = graph.graph.call_function(torch.ops.aptq.bound.default, (x, bound[-1].number, widths))
         for index, (node, _) in enumerate(mine):
@@ -137,10 +137,8 @@ def _bind_products(graph: fx.GraphModule) -> list[Bound]:
     return bound
 
 
-def _product(graph: fx.GraphModule, node: fx.Node) -> Callable[[Tensor], Tensor] | None:
-    """Return the product that a node is with a weight that stays what it is, or None."""
-    if node.op != "call_function":
-        return None
+def _weight(graph: fx.GraphModule, node: fx.Node) -> tuple[Any, ...] | None:
+    """Return the arguments of a product behind its input where they stay what they are, else None."""
     arguments: list[Any] = []
     for argument in node.args[1:]:
         if not isinstance(argument, fx.Node):
@@ -149,4 +147,4 @@ def _product(graph: fx.GraphModule, node: fx.Node) -> Callable[[Tensor], Tensor]
             arguments.append(getattr(graph, str(argument.target)))
         else:
             return None
-    return bind(node.target, tuple(arguments))
+    return tuple(arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -24,38 +24,39 @@ def plain(x: Tensor) -> bool:
     return type(x) is Tensor and not traced and not (x.requires_grad and torch.is_grad_enabled())
 
 
-class Bound:
-    """Products with some packed weights, as functions of the activations alone.
+Products = Callable[[Tensor], list[Tensor]]
+"""Of activations ``x [..., in]``: ``x W^T [..., out]`` for each of some weights."""
 
-    ``torch.ops.aptq.bound`` finds it by its number while somebody holds it.
+Binder = Callable[[Sequence[tuple[Any, ...]]], Products]
+"""Takes the arguments behind ``x`` of an operator's products that read one ``x``, and returns them as one function."""
+
+
+class Bound:
+    """Products with some packed weights, as a function of the activations alone.
+
+    ``torch.ops.aptq.bound`` finds it by its number while somebody holds it. What can be done for a weight once is done
+    here, so that products are as fast as their kernels, where layers are small.
 
     Args:
-        products: what returns ``x W^T [..., out]`` of ``x [..., in]``, for each weight.
+        operator: of torch, with its overload.
+        arguments: those behind ``x`` of each product; they are held.
         widths: each ``out``.
     """
 
-    def __init__(self, products: list[Callable[[Tensor], Tensor]], widths: list[int]) -> None:
-        self.products, self.widths = products, widths
+    def __init__(self, operator: Any, arguments: Sequence[tuple[Any, ...]], widths: list[int]) -> None:
+        self.products, self.widths = _binders[operator](arguments), widths
         self.number = next(_numbers)
         _bound[self.number] = self
 
 
 _numbers = count()
 _bound: WeakValueDictionary[int, Bound] = WeakValueDictionary()
-_binders: dict[Any, Callable[..., Callable[[Tensor], Tensor]]] = {}
+_binders: dict[Any, Binder] = {}
 
 
-def bind(operator: Any, arguments: tuple[Any, ...]) -> Callable[[Tensor], Tensor] | None:
-    """Return an operator's product as a function of ``x`` alone, or None where it has no such form.
-
-    What can be done for a weight once is done here: a product is then as fast as its kernel, where layers are small.
-
-    Args:
-        operator: of torch, with its overload.
-        arguments: those behind ``x``; the function holds them.
-    """
-    binder = _binders.get(operator)
-    return None if binder is None else binder(*arguments)
+def binds(operator: Any) -> bool:
+    """Return whether an operator of torch is a product that ``Bound`` takes."""
+    return operator in _binders
 
 
 def define_product(
@@ -66,7 +67,7 @@ def define_product(
     *,
     weight: str = "Tensor qweight, Tensor scales",
     fake: Callable[..., Tensor] | None = None,
-    binder: Callable[..., Callable[[Tensor], Tensor]] | None = None,
+    binder: Binder | None = None,
 ) -> None:
     """Define ``torch.ops.aptq.<name>``, which compiled and captured graphs can hold.
 
@@ -77,7 +78,7 @@ def define_product(
         device: of the tensors that it takes, a dispatch key of torch ("CPU", "CUDA").
         weight: arguments behind ``x``; scales are ``[groups, out]``.
         fake: gives an empty result of the product's shape; default: as wide as ``scales``.
-        binder: takes all arguments but ``x`` and returns what ``bind`` does.
+        binder: what ``Bound`` makes its products by.
     """
     schema = f"{name}(Tensor x, {weight}, {arguments}) -> Tensor"
     OPERATORS.define(schema, tags=_TAGS)
@@ -94,7 +95,7 @@ def _fake(x: Tensor, qweight: Tensor, scales: Tensor, *rest: object) -> Tensor:
 
 def _products(x: Tensor, number: int, widths: list[int]) -> list[Tensor]:
     del widths
-    return [product(x) for product in _bound[number].products]
+    return _bound[number].products(x)
 
 
 def _fake_products(x: Tensor, number: int, widths: list[int]) -> list[Tensor]:

@@ -215,6 +215,19 @@ def test_inputs_are_rotated_as_by_themselves(rows: int, dtype: torch.dtype) -> N
         assert torch.equal(ops._by_strips(kernels, layer, x, turn), ops._by_strips(kernels, layer, turned, None))
 
 
+@pytest.mark.parametrize("dtype", list(TYPES))
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_weights_of_one_input_in_one_call_are_the_same_to_the_bit(rows: int, dtype: torch.dtype) -> None:
+    kernels, turn = load_kernels("native", FOLDER), turn_of(192)
+    shapes = {(576, 2): True, (40, 3): False, (7, 8): True, (1000, 4): True}
+    layers = [random_layer(out, 192, bits, 64, zeros=zeros)[0] for (out, bits), zeros in shapes.items()]
+    x = torch.randn(rows, 192, generator=torch.Generator().manual_seed(1)).to(dtype)
+    alone = [kernels.multiply(x, layer, 2, turn) for layer in layers]
+    for threads in (1, 2, 5):
+        together = kernels.bind(layers, 2, turn, threads)(x)
+        assert all(torch.equal(*each) for each in zip(together, alone, strict=True))
+
+
 def test_inputs_of_another_width_are_refused() -> None:
     for width in (64, 97):
         with pytest.raises(AptqError, match=f"width {width} were given to a weight of 65 to 96 inputs"):

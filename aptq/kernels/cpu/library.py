@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable
-from functools import cache, lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +66,7 @@ class Packed(NamedTuple):
         """Width of the output."""
         return self.scales.shape[1]
 
-    def struct(self) -> Reference:
+    def struct(self) -> _Layer:
         """Return what the kernels take; it holds no reference to the tensors."""
         return _layer(
             self.qweight.data_ptr(),
@@ -103,8 +103,8 @@ class Turn(NamedTuple):
 # Structures are made once for all calls with the same addresses: that takes longer than a small product. They say
 # nothing but what they were made of, so one that is remembered beyond its tensors is never wrong.
 @lru_cache(maxsize=1 << 14)
-def _layer(*fields: int | None) -> Reference:
-    return ctypes.byref(_Layer(*fields))
+def _layer(*fields: int | None) -> _Layer:
+    return _Layer(*fields)
 
 
 @lru_cache(maxsize=256)
@@ -138,7 +138,7 @@ class Library:
         except OSError as error:
             raise AptqError(f"the built kernels {path} cannot be loaded: {error}") from error
         self._multiply, self._dense = library.aptq_multiply, library.aptq_dense
-        self._multiply.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT]
+        self._multiply.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT]
         self._dense.argtypes = [_POINTER, _INT, _INT, _POINTER, _INT, _INT, _INT]
         self._rotate = library.aptq_rotate
         self._rotate.argtypes = [_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT]
@@ -165,28 +165,36 @@ class Library:
             digits: bytes that an activation becomes where codes are integers: 1 to 3.
             turn: ``T``; its product is rounded to the dtype of ``x``, as ``rotate`` rounds it.
         """
-        return self.bind(layer, digits, turn)(x)
+        return self.bind([layer], digits, turn)(x)[0]
 
-    def bind(self, layer: Packed, digits: int, turn: Turn | None = None) -> Callable[[Tensor], Tensor]:
-        """Return ``multiply`` as a function of ``x``, on as many threads as torch has now.
+    def bind(
+        self, layers: Sequence[Packed], digits: int, turn: Turn | None = None, threads: int | None = None
+    ) -> Callable[[Tensor], list[Tensor]]:
+        """Return ``multiply`` by each of some weights as one function of ``x``, which holds their tensors.
 
-        The function holds the tensors of the weight.
+        Args:
+            layers: of inputs of one width; those that do not mean integers come alone.
+            digits: as in ``multiply``.
+            turn: as in ``multiply``.
+            threads: default: as many as torch has now.
         """
-        first: list[Reference | None] = [layer.struct()]  # structures hold no tensors
-        last = [torch.get_num_threads()]
-        if (states := layer.states_struct()) is None:
-            last.insert(0, digits)
+        first, threads = layers[0], threads or torch.get_num_threads()
+        rotation = None if turn is None else turn.struct()
+        if (states := first.states_struct()) is not None:
+            weight = partial(self._states_multiply, ctypes.byref(first.struct()), states)
+            last: tuple[int, ...] = (threads,)
         else:
-            first.append(states)
-        first.append(None if turn is None else turn.struct())
-        multiply = self._multiply if states is None else self._states_multiply
-        weight = layer, turn
+            pointers = (ctypes.POINTER(_Layer) * len(layers))(*(ctypes.pointer(layer.struct()) for layer in layers))
+            weight = partial(self._multiply, pointers, len(layers))
+            last = digits, threads
+        results = _POINTER * len(layers)
 
-        def product(x: Tensor) -> Tensor:
-            held, _ = weight
-            y = x.new_empty((*x.shape[:-1], held.scales.shape[1]))
-            multiply(*first, x.data_ptr(), y.data_ptr(), x.numel() // held.in_features, TYPES[x.dtype], *last)
-            return y
+        def product(x: Tensor, held: tuple[Sequence[Packed], Turn | None] = (layers, turn)) -> list[Tensor]:
+            shape = x.shape[:-1]  # structures hold no tensors, but this function does
+            ys = [x.new_empty((*shape, layer.scales.shape[1])) for layer in held[0]]
+            at = results(*(y.data_ptr() for y in ys)), x.data_ptr(), x.numel() // first.in_features
+            weight(rotation, *at, TYPES[x.dtype], *last)
+            return ys
 
         return product
 
@@ -223,9 +231,9 @@ class Library:
         threads = torch.get_num_threads()
         to = begin, end, room.data_ptr(), room.shape[1], TYPES[room.dtype]
         if (states := layer.states_struct()) is not None:
-            self._states_dense(layer.struct(), states, *to, threads)
+            self._states_dense(ctypes.byref(layer.struct()), states, *to, threads)
         else:
-            self._dense(layer.struct(), *to, threads)
+            self._dense(ctypes.byref(layer.struct()), *to, threads)
         return room[: layer.in_features, : end - begin]
 
 

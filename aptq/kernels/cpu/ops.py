@@ -6,19 +6,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from aptq.errors import AptqError
 from aptq.kernels.cpu.library import TILE, Library, Packed, Turn, load_kernels
-from aptq.kernels.operators import define_product
+from aptq.kernels.operators import Products, define_product
 from aptq.packing import UNIT
-
-Product = Callable[[Tensor], Tensor]
-"""With one weight: ``x W^T [..., out]`` of ``x [..., in]``."""
 
 _DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 """Bytes of the fixed-point numbers that activations become: enough that rounding to the dtype is what one sees."""
@@ -66,7 +64,7 @@ def cpu_matmul(
         AptqError: the width of ``x`` is not the weight's.
     """
     weight = qweight, scales, below, qzeros, levels, signs, matrix, group, int8, architecture, folder
-    return _product(_width(x, qweight), x.dtype, *weight)(x)
+    return _products([_integers_or_levels(_width(x, qweight), x.dtype, *weight)])(x)[0]
 
 
 def cpu_trellis_matmul(
@@ -82,10 +80,20 @@ def cpu_trellis_matmul(
 ) -> Tensor:
     """Return what ``cpu_matmul`` does for a weight whose values are those of states (``Packed.states``)."""
     weight = qweight, scales, states, signs, matrix, group, architecture, folder
-    return _states_product(_width(x, qweight), x.dtype, *weight)(x)
+    return _products([_states(_width(x, qweight), x.dtype, *weight)])(x)[0]
 
 
-def _product(
+class _Weight(NamedTuple):
+    """A weight as inputs of one width and dtype are multiplied by it."""
+
+    kernels: Library
+    packed: Packed
+    turn: Turn | None
+    digits: int
+    most: float  # rows that are multiplied by the codes themselves
+
+
+def _integers_or_levels(
     width: int,
     dtype: torch.dtype,
     qweight: Tensor,
@@ -99,15 +107,14 @@ def _product(
     int8: bool,
     architecture: str,
     folder: str,
-) -> Product:
-    """Return ``cpu_matmul`` as a function of ``x [..., width]`` of one dtype."""
+) -> _Weight:
     kernels = load_kernels(architecture, folder)
     packed = Packed(qweight, scales, below, qzeros, levels, width, group)
     most = _direct_rows(kernels, packed, dtype, int8)
-    return _by_rows(kernels, packed, 1 if int8 else _DIGITS[dtype], _turn(signs, matrix), most)
+    return _Weight(kernels, packed, _turn(signs, matrix), 1 if int8 else _DIGITS[dtype], most)
 
 
-def _states_product(
+def _states(
     width: int,
     dtype: torch.dtype,
     qweight: Tensor,
@@ -118,39 +125,57 @@ def _states_product(
     group: int,
     architecture: str,
     folder: str,
-) -> Product:
-    """Return ``cpu_trellis_matmul`` as a function of ``x [..., width]`` of one dtype."""
+) -> _Weight:
     del dtype
     packed = Packed(qweight, scales, None, None, None, width, group, states)
-    return _by_rows(load_kernels(architecture, folder), packed, 0, _turn(signs, matrix), _DIRECT_STATES)
-
-
-def _by_rows(kernels: Library, packed: Packed, digits: int, turn: Turn | None, most: float) -> Product:
-    """Return the product that reads codes themselves for at most so many rows of ``x``, and unpacks them for more."""
-    direct, most = kernels.bind(packed, digits, turn), most * packed.in_features
-
-    def product(x: Tensor) -> Tensor:
-        return direct(x.contiguous()) if x.numel() <= most else _by_strips(kernels, packed, x, turn)
-
-    return product
+    return _Weight(load_kernels(architecture, folder), packed, _turn(signs, matrix), 0, _DIRECT_STATES)
 
 
 def _turn(signs: Tensor | None, matrix: Tensor | None) -> Turn | None:
     return None if signs is None or matrix is None else Turn(signs, matrix)
 
 
-def _bound(make: Callable[..., Product], qweight: Tensor, *weight: object) -> Product:
-    """Return the product with a weight for inputs of any dtype, made when it first meets one."""
-    made: dict[tuple[int, torch.dtype], Product] = {}
+def _products(weights: Sequence[_Weight], threads: int | None = None) -> Products:
+    """Return the products with some weights: in one call where they can, else one after the other."""
+    first = weights[0]
+    if any(_alone(each) or _shared(each) != _shared(first) for each in weights[1:]):
+        each_alone = [_products([weight], threads) for weight in weights]
+        return lambda x: [products(x)[0] for products in each_alone]
+    direct = first.kernels.bind([weight.packed for weight in weights], first.digits, first.turn, threads)
+    most = min(weight.most for weight in weights) * first.packed.in_features
 
-    def product(x: Tensor) -> Tensor:
+    def products(x: Tensor) -> list[Tensor]:
+        if x.numel() <= most:
+            return direct(x.contiguous())
+        return [_by_strips(weight.kernels, weight.packed, x, weight.turn) for weight in weights]
+
+    return products
+
+
+def _alone(weight: _Weight) -> bool:
+    """Return whether the kernels take no other weight with it."""
+    return weight.packed.levels is not None or weight.packed.states is not None
+
+
+def _shared(weight: _Weight) -> tuple[object, ...]:
+    """Return what weights have in common that are multiplied in one call."""
+    turn = weight.turn and (weight.turn.signs.data_ptr(), weight.turn.matrix.data_ptr())
+    return weight.kernels, weight.digits, turn, _alone(weight)
+
+
+def _bound(make: Callable[..., _Weight], arguments: Sequence[tuple[Any, ...]]) -> Products:
+    """Return the products with some weights for inputs of any dtype, on as many threads as torch has now."""
+    made: dict[tuple[int, torch.dtype], Products] = {}
+    threads = torch.get_num_threads()
+
+    def products(x: Tensor) -> list[Tensor]:
         run = made.get((x.shape[-1], x.dtype))
         if run is None:
-            width = _width(x, qweight)
-            run = made[width, x.dtype] = make(width, x.dtype, qweight, *weight)
+            weights = [make(_width(x, each[0]), x.dtype, *each) for each in arguments]
+            run = made[x.shape[-1], x.dtype] = _products(weights, threads)
         return run(x)
 
-    return product
+    return products
 
 
 def _width(x: Tensor, qweight: Tensor) -> int:
@@ -195,12 +220,12 @@ define_product(
     f"Tensor? below, Tensor? qzeros, Tensor? levels, {_TURN}, int group, bool int8, {_BUILD}",
     cpu_matmul,
     "CPU",
-    binder=partial(_bound, _product),
+    binder=partial(_bound, _integers_or_levels),
 )
 define_product(
     "cpu_trellis_matmul",
     f"Tensor states, {_TURN}, int group, {_BUILD}",
     cpu_trellis_matmul,
     "CPU",
-    binder=partial(_bound, _states_product),
+    binder=partial(_bound, _states),
 )

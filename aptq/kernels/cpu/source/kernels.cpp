@@ -1,5 +1,7 @@
 // Products with packed weights; the C ABI that aptq/kernels/cpu/library.py binds.
 #include <algorithm>
+#include <memory>
+#include <vector>
 
 #include "dense.h"
 #include "integer.h"
@@ -49,22 +51,49 @@ static void write_output(const float* sums, int64_t stride, int64_t rows, Range 
     }
 }
 
-// Call `work(range, sums, stride)` for strips of outputs, and write what it adds up; `time` is that of so many products.
+template <int MOST = 8, class Run>
+static void by_bits(int64_t bits, Run&& run) {
+    each<MOST>([&](auto below) {
+        if (bits == below.value + 1) run(Constant<below.value + 1>{});
+    });
+}
+
+// Products that read the same rows: layers of equal inputs, and where the results go.
+struct Several {
+    const Layer* const* layers;
+    void* const* results;
+    int64_t count;
+};
+
+// Call `work(index, range, sums, stride)` for strips of each layer's outputs, and write what it adds up; `time` is that of so
+// many products.
 template <class Work>
-static void in_strips(const Layer& layer, int64_t rows, void* y, int64_t type, int64_t threads,
+static void in_strips(const Several& several, int64_t rows, int64_t type, int64_t threads,
                       int64_t time(int64_t products), const Work& work) {
-    int64_t tiles = ceil_div(layer.outputs, TILE);
-    int64_t each = std::clamp(tiles * TILE / (LEAST_STRIP * threads), (int64_t)1, STRIPS_PER_THREAD);
-    int64_t parts = std::max(each * threads, ceil_div(tiles * TILE, STRIP));  // as many for each thread
-    int64_t width = ceil_div(tiles, parts) * TILE;
-    int64_t nanoseconds = time(rows * layer.inputs * layer.outputs);
-    in_parallel(ceil_div(layer.outputs, width), threads, nanoseconds, [&](int64_t part) {
-        Range range{part * width, part * width + width};
-        if (range.end > layer.outputs) range.end = layer.outputs;
+    struct Strips {
+        int64_t first, width;
+    };
+    std::vector<Strips> strips(several.count);
+    int64_t parts = 0, products = 0;
+    for (int64_t index = 0; index < several.count; index++) {
+        const Layer& layer = *several.layers[index];
+        int64_t tiles = ceil_div(layer.outputs, TILE);
+        int64_t each = std::clamp(tiles * TILE / (LEAST_STRIP * threads), (int64_t)1, STRIPS_PER_THREAD);
+        int64_t wanted = std::max(each * threads, ceil_div(tiles * TILE, STRIP));  // as many for each thread
+        strips[index] = {parts, ceil_div(tiles, wanted) * TILE};
+        parts += ceil_div(layer.outputs, strips[index].width);
+        products += rows * layer.inputs * layer.outputs;
+    }
+    in_parallel(parts, threads, time(products), [&](int64_t part) {
+        int64_t index = several.count - 1;
+        while (part < strips[index].first) index--;
+        const Layer& layer = *several.layers[index];
+        int64_t width = strips[index].width, begin = (part - strips[index].first) * width;
+        Range range{begin, std::min(begin + width, layer.outputs)};
         Buffer<float> sums(rows * width);
         std::memset(sums.data, 0, rows * width * 4);
-        work(range, sums.data, width);
-        write_output(sums.data, width, rows, range, y, type, layer.outputs);
+        work(index, range, sums.data, width);
+        write_output(sums.data, width, rows, range, several.results[index], type, layer.outputs);
     });
 }
 
@@ -79,17 +108,31 @@ static void in_tiles(const Layer& layer, int64_t begin, int64_t end, void* to, i
     });
 }
 
-template <int BITS, int D>
-static void integers(const Layer& layer, const void* x, void* y, int64_t rows, int64_t type, int64_t threads) {
-    int64_t chunks = chunks_of(layer), quads = ceil_div(layer.inputs, UNIT) * QUADS;
-    Buffer<int32_t> held(rows * quads * D), sums(rows * chunks * D);
-    Buffer<float> steps(rows * chunks);
-    Digits digits{held.data, steps.data, sums.data};
-    int64_t activations = rows * layer.inputs, shared = activations < WORTH_SHARING ? 1 : threads;
-    in_parallel(chunks, shared, digits_time(activations),
-                [&](int64_t index) { digitize<D>(layer, x, type, rows, index, digits); });
-    in_strips(layer, rows, y, type, threads, integers_time, [&](Range range, float* to, int64_t stride) {
-        multiply_range<BITS, D>(layer, digits, rows, range, to, stride);
+// Rows of activations as digits.
+template <int D>
+struct DigitRows {
+    Buffer<int32_t> held, sums;
+    Buffer<float> steps;
+    Digits digits;
+    DigitRows(const Layer& layer, const void* x, int64_t rows, int64_t type, int64_t threads)
+        : held(rows * ceil_div(layer.inputs, UNIT) * QUADS * D), sums(rows * chunks_of(layer) * D),
+          steps(rows * chunks_of(layer)), digits{held.data, steps.data, sums.data} {
+        int64_t activations = rows * layer.inputs, shared = activations < WORTH_SHARING ? 1 : threads;
+        in_parallel(chunks_of(layer), shared, digits_time(activations),
+                    [&](int64_t index) { digitize<D>(layer, x, type, rows, index, digits); });
+    }
+};
+
+template <int D>
+static void integers(const Several& several, const void* x, int64_t rows, int64_t type, int64_t threads) {
+    std::vector<std::unique_ptr<DigitRows<D>>> digits;  // their order is that of a layer's codes
+    for (int64_t index = 0; index < several.count; index++)
+        digits.emplace_back(new DigitRows<D>(*several.layers[index], x, rows, type, threads));
+    in_strips(several, rows, type, threads, integers_time, [&](int64_t index, Range range, float* to, int64_t stride) {
+        const Layer& layer = *several.layers[index];
+        by_bits(layer.bits, [&](auto bits) {
+            multiply_range<bits.value, D>(layer, digits[index]->digits, rows, range, to, stride);
+        });
     });
 }
 
@@ -127,28 +170,14 @@ struct FloatRows {
     }
 };
 
-template <int BITS>
-static void levels(const Layer& layer, const void* x, void* y, int64_t rows, int64_t type, int64_t threads) {
+static void levels(const Several& several, const void* x, int64_t rows, int64_t type, int64_t threads) {
+    const Layer& layer = *several.layers[0];
     FloatRows floats(layer, x, rows, type);
-    in_strips(layer, rows, y, type, threads, levels_time, [&](Range range, float* to, int64_t stride) {
-        multiply_levels_range<BITS>(layer, floats.values.data, floats.width, rows, range, to, stride);
-    });
-}
-
-template <int BITS>
-static void product(const Layer& layer, const void* x, void* y, int64_t rows, int64_t type, int64_t digits,
-                    int64_t threads) {
-    if (layer.levels) {
-        if constexpr (BITS >= 2 && BITS <= 4) levels<BITS>(layer, x, y, rows, type, threads);
-    } else if (digits == 1) integers<BITS, 1>(layer, x, y, rows, type, threads);
-    else if (digits == 2) integers<BITS, 2>(layer, x, y, rows, type, threads);
-    else integers<BITS, 3>(layer, x, y, rows, type, threads);
-}
-
-template <int MOST = 8, class Run>
-static void by_bits(int64_t bits, Run&& run) {
-    each<MOST>([&](auto below) {
-        if (bits == below.value + 1) run(Constant<below.value + 1>{});
+    in_strips(several, rows, type, threads, levels_time, [&](int64_t, Range range, float* to, int64_t stride) {
+        by_bits<4>(layer.bits, [&](auto bits) {
+            if constexpr (bits.value >= 2)
+                multiply_levels_range<bits.value>(layer, floats.values.data, floats.width, rows, range, to, stride);
+        });
     });
 }
 
@@ -180,12 +209,12 @@ void aptq_trellis(const float* values, const float* scales, const float* table, 
     });
 }
 
-// As aptq_multiply, for values of states; codes have up to 6 bits, states up to 12.
-void aptq_trellis_multiply(const Layer* layer, const States* states, const Rotation* rotation, const void* x, void* y,
-                           int64_t rows, int64_t type, int64_t threads) {
+// As aptq_multiply, of one layer, for values of states; codes have up to 6 bits, states up to 12.
+void aptq_trellis_multiply(const Layer* layer, const States* states, const Rotation* rotation, void* const* results,
+                           const void* x, int64_t rows, int64_t type, int64_t threads) {
     Inputs inputs(rotation, *layer, x, rows, type, threads);
     FloatRows floats(*layer, inputs.rows, rows, type);
-    in_strips(*layer, rows, y, type, threads, states_time, [&](Range range, float* to, int64_t stride) {
+    in_strips({&layer, results, 1}, rows, type, threads, states_time, [&](int64_t, Range range, float* to, int64_t stride) {
         by_bits<6>(layer->bits, [&](auto bits) {
             auto run = states->computed ? multiply_states_range<bits.value, true> : multiply_states_range<bits.value, false>;
             run(*layer, *states, floats.values.data, floats.width, rows, range, to, stride);
@@ -206,18 +235,23 @@ void aptq_trellis_dense(const Layer* layer, const States* states, int64_t begin,
     });
 }
 
-// y [rows, outputs] = x [rows, inputs] W^T, both of `type`, with x rotated first unless `rotation` is null; digits: bytes
-// that an activation becomes, 1 to 3.
-void aptq_multiply(const Layer* layer, const Rotation* rotation, const void* x, void* y, int64_t rows, int64_t type,
-                   int64_t digits, int64_t threads) {
-    int64_t size = size_of(type);
-    Inputs inputs(rotation, *layer, x, rows, type, threads);
-    for (int64_t first = 0; first < rows; first += SLAB)
-        by_bits(layer->bits, [&](auto bits) {
-            product<bits.value>(*layer, (const char*)inputs.rows + first * layer->inputs * size,
-                                (char*)y + first * layer->outputs * size, rows - first < SLAB ? rows - first : SLAB,
-                                type, digits, threads);
-        });
+// results[i] [rows, outputs of i] = x [rows, inputs] W_i^T, all of `type`, with x rotated first unless `rotation` is null;
+// digits: bytes that an activation becomes, 1 to 3. Layers of levels come alone.
+void aptq_multiply(const Layer* const* layers, int64_t count, const Rotation* rotation, void* const* results, const void* x,
+                   int64_t rows, int64_t type, int64_t digits, int64_t threads) {
+    Inputs inputs(rotation, *layers[0], x, rows, type, threads);
+    for (int64_t first = 0; first < rows; first += SLAB) {
+        std::vector<void*> to;
+        for (int64_t index = 0; index < count; index++)
+            to.push_back((char*)results[index] + first * layers[index]->outputs * size_of(type));
+        Several several{layers, to.data(), count};
+        const void* from = (const char*)inputs.rows + first * layers[0]->inputs * size_of(type);
+        int64_t some = std::min(rows - first, SLAB);
+        if (layers[0]->levels) levels(several, from, some, type, threads);
+        else if (digits == 1) integers<1>(several, from, some, type, threads);
+        else if (digits == 2) integers<2>(several, from, some, type, threads);
+        else integers<3>(several, from, some, type, threads);
+    }
 }
 
 // to [inputs, stride] of `type`, float32 or bfloat16, = W^T of the outputs from `begin`, a multiple of 32, to `end`. There

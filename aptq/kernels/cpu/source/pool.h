@@ -28,6 +28,8 @@ struct Job {
 
 class Pool {
     static constexpr int64_t PATIENCE = 80'000;  // nanoseconds that a thread looks for something to do before it sleeps
+    static constexpr int64_t QUICKLY = 70'000;   // nanoseconds between jobs, in which no thread falls asleep
+    static constexpr int64_t MANY = 12;          // jobs that came quickly: more than there are in a block of Python
     std::mutex mutex;
     std::condition_variable wake;
     std::shared_ptr<Job> job;
@@ -35,7 +37,8 @@ class Pool {
     int64_t threads = 0;
 
     static int64_t now() {
-        return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+        auto since = std::chrono::steady_clock::now().time_since_epoch();
+        return std::chrono::duration_cast<std::chrono::nanoseconds>(since).count();
     }
 
     void serve(int64_t index) {
@@ -63,14 +66,12 @@ class Pool {
         return *pool;
     }
 
-    static constexpr int64_t QUICKLY = 70'000;   // nanoseconds between jobs, in which threads do not fall asleep
-    static constexpr int64_t MANY = 8;          // more jobs than layers that read one input: there are more to come
-
-    // A job begins: return whether it is the last of many that came quickly.
+    // A job begins: return whether it is one of many that came quickly.
     bool begins() {
         bool soon = now() - ended.load(std::memory_order_relaxed) < QUICKLY;
-        quick.store(soon ? quick.load(std::memory_order_relaxed) + 1 : 0, std::memory_order_relaxed);
-        return quick.load(std::memory_order_relaxed) >= MANY;
+        int64_t count = soon ? quick.load(std::memory_order_relaxed) + 1 : 0;
+        quick.store(count, std::memory_order_relaxed);
+        return count >= MANY;
     }
     void ends() { ended.store(now(), std::memory_order_relaxed); }
 
