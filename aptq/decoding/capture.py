@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,9 @@ def capture(function: Callable[[Tensor], Tensor], x: Tensor) -> Captured:
     graph.graph.eliminate_dead_code()
     graph.recompile()
     threads = torch.get_num_threads() if _has_large_products(graph) else 1
-    with _Threads(threads):
+    with _Threads(threads), warnings.catch_warnings():
+        # Inductor's own, of models in bfloat16 whose packed embedding has scales in float16.
+        warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
         try:
             run = torch._inductor.compile(graph, [x])
         except RuntimeError as error:
