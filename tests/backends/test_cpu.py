@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -261,7 +262,8 @@ def test_other_instruction_sets_give_the_same(architecture: str) -> None:
         for bits in widths.get(type(format), (3, 4)):
             layer, dense = layer_of(format, Option(bits, 64))
             layer.select_backend("cpu", {"cpu": other})
-            for rows in (1, 7, 40):
-                x = torch.randn(rows, 200)
+            for rows, dtype in product((1, 7, 40), (torch.float32, torch.bfloat16)):
+                x = torch.randn(rows, 200).to(dtype)
                 exact = x.double() @ dense.T
-                assert (layer(x).double() - exact).norm() <= 1e-6 * exact.norm()
+                tolerance = 1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+                assert (layer(x).double() - exact).norm() <= tolerance * exact.norm()

@@ -92,13 +92,15 @@ def test_every_output_is_written_and_nothing_else(monkeypatch: pytest.MonkeyPatc
         def poisoned(self: Tensor, shape: tuple[int, int], room: Tensor = guarded) -> Tensor:
             return room[1].view(-1)[: shape[0] * shape[1]].view(shape)
 
-        x = torch.randn(3, in_features)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "new_empty", poisoned)
-            y = load_kernels("native", FOLDER).multiply(x, layer, 3)
-        torch.testing.assert_close(y.double(), x.double() @ dense.T, rtol=1e-5, atol=1e-4)
-        assert guarded[[0, 2, 3, 4]].isnan().all()
-        assert guarded[1].view(-1)[3 * out_features :].isnan().all()
+        x, kernels = torch.randn(3, in_features), load_kernels("native", FOLDER)
+        for many in (False, True):
+            guarded.fill_(float("nan"))
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.Tensor, "new_empty", poisoned)
+                y = kernels.many(x, layer) if many else kernels.multiply(x, layer, 3)
+            torch.testing.assert_close(y.double(), x.double() @ dense.T, rtol=1e-5, atol=1e-4)
+            assert guarded[[0, 2, 3, 4]].isnan().all()
+            assert guarded[1].view(-1)[3 * out_features :].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -110,6 +112,88 @@ def test_dense_strips_are_the_weight(bits: int, dtype: torch.dtype) -> None:
     for begin, end in ((0, 64), (64, 70), (32, 70)):
         strip = kernels.dense(layer, begin, end, room)
         assert torch.equal(strip, dense[begin:end].T.float().to(dtype))
+
+
+def random_levels(
+    out_features: int, in_features: int, bits: int, group: int, *, two_sided: bool, seed: int = 0
+) -> tuple[Packed, Tensor]:
+    """Return a packed layer of levels, with one scale or one for each side, and its dense weight in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (out_features, in_features), generator=generator)
+    above, below = (torch.rand(2, -(-in_features // group), out_features, generator=generator) + 0.01).half()
+    levels = torch.randn(1 << bits, generator=generator).repeat(16 >> bits)
+    dense = levels.double()[codes]
+    sides = [each.double().repeat_interleave(group, 0)[:in_features].T for each in (above, below)]
+    dense = dense * torch.where((dense < 0) & two_sided, sides[1], sides[0])
+    qweight = packing.pack(codes, bits)
+    return Packed(qweight, above, below if two_sided else None, None, levels, in_features, group), dense
+
+
+KINDS = ("integers", "zeros", "levels", "two_sided", "table", "computed")
+
+
+def random_of(
+    kind: str, out_features: int, in_features: int, bits: int, group: int, seed: int
+) -> tuple[Packed, Tensor]:
+    """Return a layer of a kind, of the nearest width that there is, and its dense weight in float64."""
+    shape = out_features, in_features
+    if kind in ("integers", "zeros"):
+        return random_layer(*shape, bits, group, zeros=kind == "zeros", seed=seed)
+    if kind in ("levels", "two_sided"):
+        return random_levels(*shape, min(max(bits, 2), 4), group, two_sided=kind == "two_sided", seed=seed)
+    return random_states(*shape, min(bits, 6), group, 10 + 2 * (seed % 2), computed=kind == "computed", seed=seed)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    kind=st.sampled_from(KINDS),
+    out_features=st.integers(1, 200),
+    in_features=st.integers(1, 900),
+    bits=st.integers(1, 8),
+    group=st.sampled_from([32, 64, 96, 128, 160, 320]),
+    rows=st.integers(1, 20) | st.integers(33, 130),
+    dtype=st.sampled_from(list(TYPES)),
+    seed=st.integers(0, 1000),
+)
+def test_many_rows_of_any_shape(
+    kind: str, out_features: int, in_features: int, bits: int, group: int, rows: int, dtype: torch.dtype, seed: int
+) -> None:
+    kernels = load_kernels("native", FOLDER)
+    layer, dense = random_of(kind, out_features, in_features, bits, group, seed)
+    x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    if dtype == torch.bfloat16 and kernels.fast_pairs:
+        dense = dense.float().bfloat16().double()
+    y, exact, spread = kernels.many(x, layer), x.double() @ dense.T, x.double().abs() @ dense.abs().T
+    assert ((y.double() - exact).abs() <= 1e-5 * spread + torch.finfo(dtype).eps * exact.abs() + 1e-7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_rows_are_the_same_for_any_number_of_threads_and_rows(kind: str, dtype: torch.dtype) -> None:
+    kernels, before = load_kernels("native", FOLDER), torch.get_num_threads()
+    layer, _ = random_of(kind, 200, 500, 3, 64, 0)
+    x = torch.randn(4200, 500).to(dtype)
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(kernels.many(x, layer))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    for begin, end in ((0, 1), (7, 20), (300, 433), (4095, 4200)):
+        assert torch.equal(kernels.many(x[begin:end], layer), results[0][begin:end])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", list(TYPES))
+def test_many_rows_that_are_not_finite_stay_so(dtype: torch.dtype, bad: float) -> None:
+    layer, _ = random_layer(70, 200, 4, 64, zeros=True)
+    x = torch.randn(50, 200).to(dtype)
+    x[17, 150] = bad
+    y = load_kernels("native", FOLDER).many(x, layer)
+    assert not y[17].isfinite().any()
+    assert y[torch.arange(50) != 17].isfinite().all()
 
 
 def turn_of(width: int) -> Turn:
@@ -212,6 +296,7 @@ def test_inputs_are_rotated_as_by_themselves(rows: int, dtype: torch.dtype) -> N
     assert not torch.equal(turned, x)
     for layer, _ in (random_layer(40, 576, 4, 64, zeros=True), random_states(40, 576, 3, 64, 10)):
         assert torch.equal(kernels.multiply(x, layer, 3, turn), kernels.multiply(turned, layer, 3))
+        assert torch.equal(kernels.many(x, layer, turn), kernels.many(turned, layer))
         assert torch.equal(ops._by_strips(kernels, layer, x, turn), ops._by_strips(kernels, layer, turned, None))
 
 
@@ -244,7 +329,17 @@ def test_a_layer_whose_tensors_move_is_read_where_they_are() -> None:
     assert torch.equal(kernels.multiply(x, layer, 3), before)
 
 
-def test_many_rows_go_by_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_amx_many_rows_of_bfloat16_go_by_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(load_kernels("native", FOLDER), "tiles", True)
+    monkeypatch.setattr(ops, "_by_strips", lambda kernels, packed, x, turn: taken.append(len(x)) or x[:, :40])
+    for rows in (3, 40):
+        for dtype in TYPES:
+            torch.ops.aptq.cpu_matmul(*arguments(torch.randn(rows, 70).to(dtype)))
+    assert taken == [40]
+
+
+def test_strips_of_outputs_are_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_ROOM", 64 * 96)  # several strips of a small layer
     kernels = load_kernels("native", FOLDER)
     x = torch.randn(9, 70)

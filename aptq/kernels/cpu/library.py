@@ -139,22 +139,27 @@ class Library:
             raise AptqError(f"the built kernels {path} cannot be loaded: {error}") from error
         self._multiply, self._dense = library.aptq_multiply, library.aptq_dense
         self._multiply.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT]
-        self._dense.argtypes = [_POINTER, _INT, _INT, _POINTER, _INT, _INT, _INT]
+        self._dense.argtypes = [_POINTER, _POINTER, _INT, _INT, _POINTER, _INT, _INT, _INT]
         self._rotate = library.aptq_rotate
         self._rotate.argtypes = [_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT]
         self._trellis = library.aptq_trellis
         self._trellis.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT]
-        self._states_multiply, self._states_dense = library.aptq_trellis_multiply, library.aptq_trellis_dense
+        self._states_multiply, self._many = library.aptq_trellis_multiply, library.aptq_many
         self._states_multiply.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT]
-        self._states_dense.argtypes = [_POINTER, _POINTER, _INT, _INT, _POINTER, _INT, _INT, _INT]
+        self._many.argtypes = self._states_multiply.argtypes
         for function in (
             *(self._multiply, self._dense, self._rotate, self._trellis),
-            *(self._states_multiply, self._states_dense),
+            *(self._states_multiply, self._many),
         ):
             function.restype = None
-        library.aptq_fast_bytes.restype = _INT
+        for function in (library.aptq_fast_bytes, library.aptq_fast_pairs, library.aptq_tiles):
+            function.restype = _INT
         self.fast_bytes: bool = library.aptq_fast_bytes() == 1
         """Whether a product of bytes is one instruction here: with it, integers beat any dense float32 product."""
+        self.fast_pairs: bool = library.aptq_fast_pairs() == 1
+        """Whether ``many`` multiplies bfloat16 in pairs; without, as floats."""
+        self.tiles: bool = library.aptq_tiles() == 1
+        """Whether torch has an instruction for dense bfloat16 products that these kernels do not use (AMX)."""
 
     def multiply(self, x: Tensor, layer: Packed, digits: int, turn: Turn | None = None) -> Tensor:
         """Return ``x W^T``, or ``x T W^T``, ``[..., out]``, for a contiguous ``x [..., in]`` of a dtype in ``TYPES``.
@@ -198,6 +203,17 @@ class Library:
 
         return product
 
+    def many(self, x: Tensor, layer: Packed, turn: Turn | None = None) -> Tensor:
+        """Return what ``multiply`` does, from weights that are unpacked a few at a time: for many rows.
+
+        Weights are rounded to bfloat16 where ``x`` is that and ``fast_pairs``, else float32; sums are float32.
+        """
+        y = x.new_empty((*x.shape[:-1], layer.scales.shape[1]))
+        rotation = None if turn is None else turn.struct()
+        at = x.data_ptr(), y.data_ptr(), x.numel() // layer.in_features, TYPES[x.dtype]
+        self._many(ctypes.byref(layer.struct()), layer.states_struct(), rotation, *at, torch.get_num_threads())
+        return y
+
     def rotate(self, x: Tensor, turn: Turn) -> Tensor:
         """Return ``x T``, like ``x [rows, width]``, contiguous and of a dtype in ``TYPES``."""
         y, (rows, width) = torch.empty_like(x), x.shape
@@ -228,12 +244,8 @@ class Library:
             end: behind the last one.
             room: ``[in, end - begin]`` with both rounded up to multiples of ``TILE``, contiguous, float32 or bfloat16.
         """
-        threads = torch.get_num_threads()
         to = begin, end, room.data_ptr(), room.shape[1], TYPES[room.dtype]
-        if (states := layer.states_struct()) is not None:
-            self._states_dense(ctypes.byref(layer.struct()), states, *to, threads)
-        else:
-            self._dense(ctypes.byref(layer.struct()), *to, threads)
+        self._dense(ctypes.byref(layer.struct()), layer.states_struct(), *to, torch.get_num_threads())
         return room[: layer.in_features, : end - begin]
 
 

@@ -21,8 +21,11 @@ from aptq.packing import UNIT
 _DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 """Bytes of the fixed-point numbers that activations become: enough that rounding to the dtype is what one sees."""
 
-_DIRECT_STATES = 8
-"""Rows that are multiplied by the values of states as they are looked up, four with one lookup (docs/backends.md)."""
+_DIRECT_STATES = 4
+"""Rows that are multiplied by the values of states as they are looked up, with one lookup (docs/backends.md)."""
+
+_BEFORE_TILES = 32
+"""Rows up to which AMX is taken not to be worth a dense weight in memory (not measured on such a CPU)."""
 
 _ROOM = 1 << 20
 """Weights that are unpacked at once for a dense product."""
@@ -147,7 +150,7 @@ def _products(weights: Sequence[_Weight], threads: int | None = None) -> Product
     def products(x: Tensor) -> list[Tensor]:
         if x.numel() <= most:
             return direct(x.contiguous())
-        return [_by_strips(weight.kernels, weight.packed, x, weight.turn) for weight in weights]
+        return [_many_rows(weight.kernels, weight.packed, x, weight.turn) for weight in weights]
 
     return products
 
@@ -188,16 +191,27 @@ def _width(x: Tensor, qweight: Tensor) -> int:
 
 
 def _direct_rows(kernels: Library, packed: Packed, dtype: torch.dtype, int8: bool) -> float:
-    """Return how many rows are multiplied by the codes themselves; for more, a dense product of strips is faster.
+    """Return how many rows are multiplied by the codes themselves; for more it is faster to unpack weights once.
 
-    From figures on a Zen 4 (docs/backends.md): there bytes beat a dense float32 product at any number of rows, and
-    float16 has none that is fast.
+    From figures on a Zen 4, with all of its instructions and with AVX2 alone (docs/backends.md).
     """
+    pairs = dtype == torch.bfloat16 and kernels.fast_pairs
     if packed.levels is not None:
-        return 8 if dtype == torch.bfloat16 else 16
-    if not kernels.fast_bytes:
-        return 8
-    return 32 if dtype == torch.bfloat16 and not int8 else float("inf")
+        if packed.below is not None:
+            return 1
+        return 4 if pairs or not kernels.fast_bytes else 12
+    if int8:
+        return float("inf")
+    if kernels.fast_bytes:
+        return 24 if pairs else float("inf")
+    return 16 if dtype != torch.float32 and packed.qweight.shape[1] < 8 else 8
+
+
+def _many_rows(kernels: Library, packed: Packed, x: Tensor, turn: Turn | None) -> Tensor:
+    """Return ``x W^T``, ``[..., out]``, from weights that are unpacked once for all rows."""
+    if kernels.tiles and x.dtype == torch.bfloat16 and x.numel() > packed.in_features * _BEFORE_TILES:
+        return _by_strips(kernels, packed, x, turn)
+    return kernels.many(x.contiguous(), packed, turn)
 
 
 def _by_strips(kernels: Library, packed: Packed, x: Tensor, turn: Turn | None) -> Tensor:

@@ -5,6 +5,7 @@
 
 #include "dense.h"
 #include "integer.h"
+#include "many.h"
 #include "pool.h"
 #include "rotate.h"
 #include "trellis.h"
@@ -26,6 +27,8 @@ struct Buffer {
 constexpr int64_t STRIP = 1024, LEAST_STRIP = 96;  // outputs that a thread takes at once
 constexpr int64_t STRIPS_PER_THREAD = 4;
 constexpr int64_t SLAB = 64;  // rows whose digits of a chunk stay in the cache
+constexpr int64_t LEAST_SLAB = 128, MOST_SLAB = 1024;  // rows that share unpacked weights
+constexpr int64_t MOST_MANY = 4096;  // rows that are copied at once
 constexpr int64_t WORTH_SHARING = 1 << 16;  // activations, to make digits of on several threads
 
 // Rough nanoseconds of one thread with AVX2.
@@ -34,8 +37,15 @@ static int64_t rotation_time(int64_t activations) { return activations * 12; }
 static int64_t integers_time(int64_t products) { return products / 20; }
 static int64_t levels_time(int64_t products) { return products / 6; }
 static int64_t states_time(int64_t products) { return products / 2; }
+static int64_t many_time(int64_t products) { return products / 40; }
 static int64_t dense_time(int64_t weights) { return weights; }
 static int64_t path_time(int64_t weights, int64_t states) { return weights * states; }
+
+// Into how many parts rows are cut: where outputs alone are too few parts for the threads.
+static int64_t many_slabs(int64_t rows, int64_t tiles, int64_t threads) {
+    int64_t wanted = ceil_div(STRIPS_PER_THREAD * threads, tiles);
+    return std::clamp(wanted, ceil_div(rows, MOST_SLAB), ceil_div(rows, LEAST_SLAB));
+}
 
 static void write_output(const float* sums, int64_t stride, int64_t rows, Range range, void* y, int64_t type, int64_t n) {
     int64_t count = range.end - range.begin;
@@ -97,14 +107,11 @@ static void in_strips(const Several& several, int64_t rows, int64_t type, int64_
     });
 }
 
-// Call `work(range, place)` for tiles of outputs from `begin` to `end`, whose dense weights go to `place` in `to`.
+// Call `work(range)` for tiles of outputs from `begin` to `end`.
 template <class Work>
-static void in_tiles(const Layer& layer, int64_t begin, int64_t end, void* to, int64_t type, int64_t threads,
-                     const Work& work) {
+static void in_tiles(const Layer& layer, int64_t begin, int64_t end, int64_t threads, const Work& work) {
     in_parallel(ceil_div(end - begin, TILE), threads, dense_time((end - begin) * layer.inputs), [&](int64_t part) {
-        Range range{begin + part * TILE, begin + (part + 1) * TILE};
-        if (range.end > end) range.end = end;
-        work(range, (char*)to + part * TILE * size_of(type));
+        work(Range{begin + part * TILE, std::min(begin + (part + 1) * TILE, end)});
     });
 }
 
@@ -170,6 +177,63 @@ struct FloatRows {
     }
 };
 
+// Call `use(constant<bits>, weights)`, where `weights(units, outputs, take)` does what `each_weights` does.
+template <class Use>
+static void with_weights(const Layer& layer, const States* states, const Use& use) {
+    if (!states)
+        by_bits(layer.bits, [&](auto bits) {
+            use(bits, [&](Range units, Range outputs, auto&& take) {
+                each_weights<bits.value>(layer, units, outputs, take);
+            });
+        });
+    else
+        by_bits<6>(layer.bits, [&](auto bits) {
+            use(bits, [&](Range units, Range outputs, auto&& take) {
+                if (states->computed) each_weights_of_states<bits.value, true>(layer, *states, units, outputs, take);
+                else each_weights_of_states<bits.value, false>(layer, *states, units, outputs, take);
+            });
+        });
+}
+
+// As aptq_many, with rows and weights made of NUMBERS (many.h).
+template <class Numbers>
+static void many(const Layer& layer, const States* states, const void* x, void* y, int64_t rows, int64_t type,
+                 int64_t threads) {
+    typedef typename Numbers::Element Element;
+    constexpr int64_t steps = block_steps<Numbers>();
+    int64_t units = units_of(layer).end, blocks = ceil_div(units, BLOCK_UNITS), stride = rows * steps;
+    int64_t tiles = ceil_div(layer.outputs, WIDE), slabs = many_slabs(rows, tiles, threads);
+    int64_t height = ceil_div(rows, slabs);
+    Buffer<Element> inputs(blocks * stride);
+    with_weights(layer, states, [&](auto bits, auto&& weights) {
+        in_parallel(blocks, threads, rows * layer.inputs, [&](int64_t block) {
+            for (int64_t row = 0; row < rows; row++)
+                for (int64_t i = 0, unit = block * BLOCK_UNITS; i < BLOCK_UNITS && unit < units; i++, unit++) {
+                    int64_t count = std::min(layer.inputs - unit * UNIT, (int64_t)UNIT);
+                    Element* to = inputs.data + block * stride + row * steps + i * Numbers::STEPS;
+                    Numbers::template read<bits.value>(x, type, row * layer.inputs + unit * UNIT, count, to);
+                }
+        });
+        in_parallel(tiles * slabs, threads, many_time(rows * layer.inputs * layer.outputs), [&](int64_t part) {
+            Range outputs{part / slabs * WIDE, std::min((part / slabs + 1) * WIDE, layer.outputs)};
+            int64_t row = part % slabs * height, count = std::min(height, rows - row);
+            if (count <= 0) return;
+            Buffer<Element> held(steps * WIDE);
+            Buffer<float> sums(count * WIDE);
+            auto unpack = [&](Range block, Element* to) {
+                weights(block, outputs, [&](int64_t unit, int step, int64_t column, Floats first, Floats second) {
+                    Element* place = to + (unit - block.begin) * Numbers::STEPS * WIDE + column - outputs.begin;
+                    Numbers::put(bits.value, place, step, first, second);
+                });
+            };
+            multiply_many<Numbers>(layer, inputs.data + row * steps, stride, count, outputs.end - outputs.begin,
+                                   held.data, sums.data, unpack);
+            char* to = (char*)y + row * layer.outputs * size_of(type);
+            write_output(sums.data, WIDE, count, outputs, to, type, layer.outputs);
+        });
+    });
+}
+
 static void levels(const Several& several, const void* x, int64_t rows, int64_t type, int64_t threads) {
     const Layer& layer = *several.layers[0];
     FloatRows floats(layer, x, rows, type);
@@ -186,6 +250,24 @@ extern "C" {
 // Whether a product of bytes is one instruction.
 int64_t aptq_fast_bytes() {
 #ifdef APTQ_BYTE_DOT
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// Whether sums of products of pairs of bfloat16 are one instruction.
+int64_t aptq_fast_pairs() {
+#ifdef APTQ_PAIR_DOT
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// Whether products of tiles of bfloat16 are one instruction, which these kernels do not have.
+int64_t aptq_tiles() {
+#ifdef __AMX_BF16__
     return 1;
 #else
     return 0;
@@ -222,19 +304,6 @@ void aptq_trellis_multiply(const Layer* layer, const States* states, const Rotat
     });
 }
 
-// As aptq_dense, for values of states.
-void aptq_trellis_dense(const Layer* layer, const States* states, int64_t begin, int64_t end, void* to, int64_t stride,
-                        int64_t type, int64_t threads) {
-    in_tiles(*layer, begin, end, to, type, threads, [&](Range range, char* place) {
-        by_bits<6>(layer->bits, [&](auto bits) {
-            constexpr int B = bits.value;
-            auto run = states->computed ? (type == FLOAT32 ? write_states<B, FLOAT32, true> : write_states<B, BFLOAT16, true>)
-                                     : (type == FLOAT32 ? write_states<B, FLOAT32, false> : write_states<B, BFLOAT16, false>);
-            run(*layer, *states, range, place, stride);
-        });
-    });
-}
-
 // results[i] [rows, outputs of i] = x [rows, inputs] W_i^T, all of `type`, with x rotated first unless `rotation` is null;
 // digits: bytes that an activation becomes, 1 to 3. Layers of levels come alone.
 void aptq_multiply(const Layer* const* layers, int64_t count, const Rotation* rotation, void* const* results, const void* x,
@@ -254,14 +323,39 @@ void aptq_multiply(const Layer* const* layers, int64_t count, const Rotation* ro
     }
 }
 
+// As aptq_multiply, for codes of any kind; `states` is null where codes stand for something themselves.
+void aptq_many(const Layer* layer, const States* states, const Rotation* rotation, const void* x, void* y, int64_t rows,
+               int64_t type, int64_t threads) {
+    Inputs inputs(rotation, *layer, x, rows, type, threads);
+    int64_t size = size_of(type);
+    for (int64_t first = 0; first < rows; first += MOST_MANY) {
+        const char* from = (const char*)inputs.rows + first * layer->inputs * size;
+        char* to = (char*)y + first * layer->outputs * size;
+        int64_t count = std::min(rows - first, MOST_MANY);
+#ifdef APTQ_PAIR_DOT
+        if (type == BFLOAT16) {
+            many<Pair>(*layer, states, from, to, count, type, threads);
+            continue;
+        }
+#endif
+        many<Single>(*layer, states, from, to, count, type, threads);
+    }
+}
+
 // to [inputs, stride] of `type`, float32 or bfloat16, = W^T of the outputs from `begin`, a multiple of 32, to `end`. There
-// is room for whole tiles: inputs and `stride` are the next multiples of 32.
-void aptq_dense(const Layer* layer, int64_t begin, int64_t end, void* to, int64_t stride, int64_t type,
-                int64_t threads) {
-    in_tiles(*layer, begin, end, to, type, threads, [&](Range range, char* place) {
-        by_bits(layer->bits, [&](auto bits) {
-            if (type == FLOAT32) write_dense<bits.value, FLOAT32>(*layer, range, place, stride);
-            else write_dense<bits.value, BFLOAT16>(*layer, range, place, stride);
+// is room for whole tiles: inputs and `stride` are the next multiples of 32. `states` is null where codes stand for
+// something themselves.
+void aptq_dense(const Layer* layer, const States* states, int64_t begin, int64_t end, void* to, int64_t stride,
+                int64_t type, int64_t threads) {
+    with_weights(*layer, states, [&](auto bits, auto&& weights) {
+        in_tiles(*layer, begin, end, threads, [&](Range outputs) {
+            auto take = [&](int64_t unit, int step, int64_t column, Floats first, Floats second) {
+                int64_t at = (unit * UNIT + input_of_step(bits.value, step)) * stride + column - begin;
+                int64_t next = at + halfway(bits.value) * stride;
+                if (type == FLOAT32) store((float*)to + at, first), store((float*)to + next, second);
+                else store_bfloats((uint16_t*)to + at, first), store_bfloats((uint16_t*)to + next, second);
+            };
+            weights(units_of(*layer), outputs, take);
         });
     });
 }

@@ -84,6 +84,10 @@ static inline Words code(const Words* words) {
 
 // In all planes, the code that lies 16 bits above the one of an input is that of the input so many behind it.
 constexpr int halfway(int bits) { return 16 / primary(bits); }
+// The first input of step `step` of a unit, which has both of them.
+constexpr int input_of_step(int bits, int step) {
+    return step / halfway(bits) * 2 * halfway(bits) + step % halfway(bits);
+}
 
 // Return codes K and K + halfway(BITS) of a unit in the halves of every lane, UP bits above their lowest.
 template <int BITS, int K, int UP>

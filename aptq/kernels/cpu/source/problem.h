@@ -40,11 +40,18 @@ static inline Chunk chunk_at(const Layer& layer, int64_t index) {
     if (end > layer.inputs) end = layer.inputs;
     return {first / UNIT, ceil_div(end - first, UNIT), group};
 }
+// The longest chunk that begins with a unit and ends with unit `end`, or before.
+static inline Chunk chunk_from(const Layer& layer, int64_t unit, int64_t end) {
+    int64_t group = unit * UNIT / layer.group, stop = (group + 1) * layer.group / UNIT;
+    if (stop > end) stop = end;
+    return {unit, stop - unit < CHUNK / UNIT ? stop - unit : CHUNK / UNIT, group};
+}
 
-// Outputs from begin to end.
+// Outputs, or units, from begin to end.
 struct Range {
     int64_t begin, end;
 };
+static inline Range units_of(const Layer& layer) { return {0, ceil_div(layer.inputs, UNIT)}; }
 
 static inline float to_float(const void* from, int64_t type, int64_t at) {
     if (type == FLOAT32) return ((const float*)from)[at];

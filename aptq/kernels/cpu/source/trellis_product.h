@@ -21,12 +21,6 @@ template <int TILES>
 struct Symbols {
     alignas(64) uint32_t at[UNIT / 2][(TILES + 1) * LANES];
 };
-// The first input of row `index` of symbols; the other one is `halfway` behind it.
-template <int BITS>
-constexpr int input_of_symbol(int index) {
-    return index / halfway(BITS) * 2 * halfway(BITS) + index % halfway(BITS);
-}
-
 // Read words of outputs from `first` on, 0 where there are none.
 static inline Words load_inside(const uint32_t* words, int64_t first, int64_t outputs) {
     if (first >= 0 && first + LANES <= outputs) return load<Words>(words + first);
@@ -47,7 +41,7 @@ static void read_symbols(const Layer& layer, int64_t unit, int64_t column, Symbo
                          odd[r]);
         }
         each<UNIT / 2>([&](auto index) {
-            constexpr int k = input_of_symbol<BITS>(index.value);
+            constexpr int k = input_of_step(BITS, index.value);
             store(&to.at[index.value][tile * LANES], two_codes<BITS, k, 0>(odd) | two_codes<BITS, k, BITS>(even));
         });
     }
@@ -129,7 +123,7 @@ static void multiply_states(const Layer& layer, const States& states, const Chun
     for (int64_t unit = 0; unit < chunk.units; unit++) {
         read_symbols<BITS>(layer, chunk.unit + unit, column, symbols);
         for (int index = 0; index < UNIT / 2; index++) {  // not unrolled: decoded instructions are to stay where they are kept
-            const float* at = x + unit * UNIT + input_of_symbol<BITS>(index);
+            const float* at = x + unit * UNIT + input_of_step(BITS, index);
             each_values<BITS, TILES, COMPUTED>(states, quantiles, symbols.at[index], [&](auto tile, auto& even, auto& odd) {
                 for (int m = 0; m < ROWS; m++)
                     for (int input = 0; input < 2; input++) {
@@ -174,26 +168,23 @@ static void multiply_states_range(const Layer& layer, const States& states, cons
     }
 }
 
-// Write W^T [inputs to the next multiple of 32, outputs of the range to the next multiple of PAIRS_TILE] of TYPE.
-template <int BITS, int TYPE, bool COMPUTED>
-static void write_states(const Layer& layer, const States& states, Range range, void* to, int64_t stride) {
+// As each_weights of dense.h, for PAIRS_TILE outputs at a time.
+template <int BITS, bool COMPUTED, class Use>
+static void each_weights_of_states(const Layer& layer, const States& states, Range units, Range outputs,
+                                   const Use& use) {
     Symbols<1> symbols;
     Floats scale[2];
     const Quantiles quantiles(states.computed);
-    for (int64_t unit = 0; unit < ceil_div(layer.inputs, UNIT); unit++)
-        for (int64_t column = range.begin; column < range.end; column += PAIRS_TILE) {
+    for (int64_t unit = units.begin; unit < units.end; unit++)
+        for (int64_t column = outputs.begin; column < outputs.end; column += PAIRS_TILE) {
             read_symbols<BITS>(layer, unit, column, symbols);
             read_scales<1, COMPUTED>(layer, unit * UNIT / layer.group, column, scale);
-            for (int index = 0; index < UNIT / 2; index++) {
-                int64_t place = (unit * UNIT + input_of_symbol<BITS>(index)) * stride + column - range.begin;
-                each_values<BITS, 1, COMPUTED>(states, quantiles, symbols.at[index], [&](auto, auto& even, auto& odd) {
-                    for (int input = 0; input < 2; input++) {
-                        Floats low, high;
-                        interleave(even[input], odd[input], low, high);
-                        store_floats(to, TYPE, place + input * halfway(BITS) * stride, low * scale[0]);
-                        store_floats(to, TYPE, place + input * halfway(BITS) * stride + LANES, high * scale[1]);
-                    }
+            for (int step = 0; step < UNIT / 2; step++)
+                each_values<BITS, 1, COMPUTED>(states, quantiles, symbols.at[step], [&](auto, auto& even, auto& odd) {
+                    Floats low[2], high[2];
+                    for (int i = 0; i < 2; i++) interleave(even[i], odd[i], low[i], high[i]);
+                    use(unit, step, column, low[0] * scale[0], low[1] * scale[0]);
+                    use(unit, step, column + LANES, high[0] * scale[1], high[1] * scale[1]);
                 });
-            }
         }
 }

@@ -34,6 +34,12 @@ static inline void store(Element* to, Vector vector) {
     std::memcpy(to, &vector, sizeof vector);
 }
 
+// Fetch what will be read, if there is anything, to the first or the second cache.
+template <int LEVEL>
+static inline void prefetch(const void* from) {
+    _mm_prefetch((const char*)from, LEVEL == 1 ? _MM_HINT_T0 : _MM_HINT_T1);
+}
+
 static inline Ints splat(int32_t value) { return Ints{} + value; }
 static inline Words splat(uint32_t value) { return Words{} + value; }
 static inline Floats splat(float value) { return value - Floats{}; }
@@ -123,6 +129,27 @@ static inline Ints dot_pairs(Ints sums, Ints left, Ints right) {
 #define APTQ_BYTE_DOT 1
 static inline Ints dot_bytes(Ints sums, Words codes, Ints x) {
     return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)x);
+}
+#endif
+#ifdef __AVX512BF16__
+#define APTQ_PAIR_DOT 1
+// Halves in another order.
+struct Order {
+    alignas(64) uint16_t from[2 * LANES];
+};
+static inline Words ordered(const Order& order, const void* halves) {
+    return (Words)_mm512_permutexvar_epi16(_mm512_load_si512(order.from), _mm512_loadu_si512(halves));
+}
+// bfloat16 of `low` in the lower halves of lanes, of `high` in the upper ones.
+static inline Words bfloat_pairs(Floats low, Floats high) {
+    static constexpr Order order{{0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}};
+    __m512bh rounded = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    return ordered(order, &rounded);
+}
+// sums + the products of bfloat16, added in pairs.
+static inline Floats dot_bfloats(Floats sums, Words left, Words right) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)left, (__m512bh)right);
 }
 #endif
 static inline Halves byte_pairs(Words codes, Ints x) {
