@@ -1,11 +1,11 @@
 // Threads that help with a job while it lasts. Nobody waits for a thread that has not begun: where the other cores are
 // busy, or a process was forked and has no other threads, the caller does all of the work itself. So it does where all
-// sleep and waking them would take longer than they save, unless jobs come so quickly after each other that threads, once
-// awake, stay so.
+// sleep and waking them would take longer than they save, unless jobs come in a stream: threads stay awake in it.
 #pragma once
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -27,13 +27,14 @@ struct Job {
 };
 
 class Pool {
-    static constexpr int64_t PATIENCE = 80'000;  // nanoseconds that a thread looks for something to do before it sleeps
-    static constexpr int64_t QUICKLY = 70'000;   // nanoseconds between jobs, in which no thread falls asleep
-    static constexpr int64_t MANY = 12;          // jobs that came quickly: more than there are in a block of Python
+    // In nanoseconds: how long a thread looks for something to do before it sleeps, and that where jobs come in a stream.
+    static constexpr int64_t PATIENCE = 50'000, PATIENCE_IN_STREAM = 400'000;
+    // Jobs are a stream where most come so quickly: the layers of a compiled step, not those of a model in Python.
+    static constexpr int64_t QUICKLY = 100'000, STREAM = 12, MOST = 64, PAUSE = 16;
     std::mutex mutex;
     std::condition_variable wake;
     std::shared_ptr<Job> job;
-    std::atomic<int64_t> posted{0}, awake{0}, ended{0}, quick{0};
+    std::atomic<int64_t> posted{0}, awake{0}, ended{0}, stream{0};
     int64_t threads = 0;
 
     static int64_t now() {
@@ -44,7 +45,8 @@ class Pool {
     void serve(int64_t index) {
         int64_t seen = 0;
         for (;;) {
-            for (int64_t end = now() + PATIENCE; posted.load(std::memory_order_acquire) == seen && now() < end;)
+            int64_t end = now() + (streams() ? PATIENCE_IN_STREAM : PATIENCE);
+            while (posted.load(std::memory_order_acquire) == seen && now() < end)
                 for (int spin = 0; spin < 16; spin++) _mm_pause();
             std::shared_ptr<Job> mine;
             {
@@ -66,12 +68,11 @@ class Pool {
         return *pool;
     }
 
-    // A job begins: return whether it is one of many that came quickly.
-    bool begins() {
+    bool streams() const { return stream.load(std::memory_order_relaxed) >= STREAM; }
+    void begins() {
         bool soon = now() - ended.load(std::memory_order_relaxed) < QUICKLY;
-        int64_t count = soon ? quick.load(std::memory_order_relaxed) + 1 : 0;
-        quick.store(count, std::memory_order_relaxed);
-        return count >= MANY;
+        int64_t count = stream.load(std::memory_order_relaxed);
+        stream.store(soon ? std::min(count + 1, MOST) : std::max(count - PAUSE, (int64_t)0), std::memory_order_relaxed);
     }
     void ends() { ended.store(now(), std::memory_order_relaxed); }
 
@@ -102,7 +103,8 @@ static void in_parallel(int64_t parts, int64_t threads, int64_t nanoseconds, con
     if (threads > parts) threads = parts;
     auto run = [](const void* context, int64_t part) { (*(const Work*)context)(part); };
     Pool& pool = Pool::shared();
-    bool wakes = threads > 1 && (pool.begins() || nanoseconds >= WORTH_WAKING);
+    if (threads > 1) pool.begins();
+    bool wakes = nanoseconds >= WORTH_WAKING || pool.streams();
     if (threads <= 1 || !pool.run(parts, threads, wakes, run, &work))
         for (int64_t part = 0; part < parts; part++) work(part);
     if (threads > 1) pool.ends();
