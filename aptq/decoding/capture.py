@@ -21,15 +21,17 @@ _UNKNOWN_SHAPES = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_outp
 _INSTEAD = "Decode with the model's own generate()."
 
 
-class Captured:
-    """What ``capture`` returns: the function again, for inputs of the same shapes.
+class Traced:
+    """What ``trace`` returns: the function again, for inputs of the same shapes, an operator after the other.
 
     Tensors that the function read besides its input, weights among them, are read where they are: nothing is copied,
-    and a model that is moved or changed has to be captured again.
+    and a model that is moved or changed has to be traced again.
     """
 
-    def __init__(self, run: Callable[[Tensor], Any], bound: list[Bound], threads: int) -> None:
-        self._run, self._bound, self._threads = run, bound, threads
+    def __init__(self, graph: fx.GraphModule, bound: list[Bound]) -> None:
+        self._run: Callable[[Tensor], Any] = graph
+        self._graph, self._bound = graph, bound  # the graph knows bound products by number
+        self._threads = torch.get_num_threads() if _has_large_products(graph) else 1
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -38,14 +40,30 @@ class Captured:
             y = self._run(x)
         return y if isinstance(y, Tensor) else y[0]
 
+    @torch.no_grad()
+    def compile(self, x: Tensor) -> None:
+        """Let Inductor compile what lies between products, for inputs like ``x``.
+
+        Raises:
+            AptqError: it cannot, for want of a compiler, for one.
+        """
+        with _Threads(self._threads), warnings.catch_warnings():
+            # Inductor's own, of models in bfloat16 whose packed embedding has scales in float16.
+            warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
+            try:
+                self._run = torch._inductor.compile(self._graph, [x])
+            except RuntimeError as error:
+                why = str(error).strip().partition("\n")[0]
+                raise AptqError(f"A step of this model cannot be compiled: {why} {_INSTEAD}") from error
+
 
 @torch.no_grad()
-def capture(function: Callable[[Tensor], Tensor], x: Tensor) -> Captured:
+def trace(function: Callable[[Tensor], Tensor], x: Tensor) -> Traced:
     """Run ``function(x)`` once and return what it ran: operators in their order, on tensors of the same shapes.
 
     Products with packed weights are bound to their weights (``aptq.kernels.operators``), so that a call is little more
-    than the kernel, on as many threads as torch has now; what lies between them is compiled by Inductor. Where all
-    large weights are packed, torch itself gets one thread: others of its own would only take cores from the products'.
+    than the kernel, on as many threads as torch has now. Where all large weights are packed, torch itself gets one
+    thread: others of its own would only take cores from the products'.
 
     Args:
         function: of one tensor; it may change tensors of its own in place, as caches do, which the call here does too.
@@ -53,7 +71,7 @@ def capture(function: Callable[[Tensor], Tensor], x: Tensor) -> Captured:
 
     Raises:
         AptqError: the function has operators whose results' shapes depend on values, or reads values itself, so that
-            what it does for another input may be something else; or there is no compiler.
+            what it does for another input may be something else.
     """
     try:
         # A lambda: make_fx counts the arguments of methods wrongly.
@@ -72,16 +90,7 @@ def capture(function: Callable[[Tensor], Tensor], x: Tensor) -> Captured:
     bound = _bind_products(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    threads = torch.get_num_threads() if _has_large_products(graph) else 1
-    with _Threads(threads), warnings.catch_warnings():
-        # Inductor's own, of models in bfloat16 whose packed embedding has scales in float16.
-        warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
-        try:
-            run = torch._inductor.compile(graph, [x])
-        except RuntimeError as error:
-            why = str(error).strip().partition("\n")[0]
-            raise AptqError(f"A step of this model cannot be compiled: {why} {_INSTEAD}") from error
-    return Captured(run, bound, threads)
+    return Traced(graph, bound)
 
 
 class _Threads:

@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StaticCache, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from aptq.decoding.capture import Captured, capture
+from aptq.decoding.capture import Traced, trace
 from aptq.errors import AptqError
 
-_AGREE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""How far logits of the captured step may be from the model's own, relative to the largest: both round."""
+_TRACED, _COMPILED = 1e-2, 1e-1
+"""How far logits of a step may be from the model's own, relative to the largest: traced operators are the same, and
+compiled ones round otherwise, which activations of few bits make much of."""
 
 
 class Decoder:
@@ -52,7 +53,7 @@ class Decoder:
         self._device = next(iter(devices))
         self._cache = StaticCache(config=model.config, max_cache_len=max_length)
         self._takes = inspect.signature(model.forward).parameters
-        self._step: Captured | None = None
+        self._step: Traced | None = None
         self._used = 0
 
     def prepare(self) -> None:
@@ -60,7 +61,7 @@ class Decoder:
 
         Raises:
             AptqError: the model has a cache that is not static, or a step cannot be captured or does not give what the
-                model does (see ``capture``).
+                model does (see ``trace``).
         """
         if self._step is None:
             if any(getattr(layer, "is_sliding", False) for layer in self._cache.layers):
@@ -72,8 +73,10 @@ class Decoder:
             self._restart()
             self._logits(tokens)  # the cache is made when it is first used
             self._restart()
-            step = capture(self._logits, tokens)
-            self._check(step)
+            step = trace(self._logits, tokens)
+            self._check(step, _TRACED, "the model keeps something between steps that is not in its cache")
+            step.compile(tokens)
+            self._check(step, _COMPILED, "it was compiled wrongly")
             self._step = step
 
     def prefill(self, input_ids: Tensor) -> Tensor:
@@ -189,8 +192,8 @@ class Decoder:
     def _restart(self) -> None:
         self._cache.reset()  # type: ignore[no-untyped-call]
 
-    def _check(self, step: Captured) -> None:
-        """Compare two steps with the model's own: one captured may have kept a value that another step has changed."""
+    def _check(self, step: Traced, tolerance: float, why: str) -> None:
+        """Compare two steps with the model's own: one may have kept a value that another step has changed."""
         size = self.model.config.get_text_config().vocab_size
         first, *others = torch.arange(3, device=self._device) * 7 % size
         tokens = [each.expand(self.batch_size, 1).contiguous() for each in (first, *others)]
@@ -201,8 +204,8 @@ class Decoder:
             found.append([run(each) for each in tokens[1 : self.max_length]])
         for own, captured in zip(*found, strict=True):
             error = float((own - captured).abs().max() / own.abs().max())
-            if not error <= _AGREE.get(own.dtype, 1e-1):
+            if not error <= tolerance:
                 raise AptqError(
-                    f"The captured step gives other logits than the model, off by {error:.1%} of the largest: the "
-                    "model keeps something between steps that is not in its cache. Decode with its own generate()."
+                    f"The captured step gives other logits than the model, off by {error:.1%} of the largest: {why}. "
+                    "Decode with its own generate()."
                 )

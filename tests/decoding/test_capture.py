@@ -7,10 +7,16 @@ import torch
 from torch import Tensor
 
 from aptq.api import AptqError
-from aptq.decoding import capture
+from aptq.decoding import Traced, trace
 from aptq.layer import PackedLinear
 from aptq.transforms.hadamard import Hadamard
 from tests.decoding.layers import packed_linear
+
+
+def capture(function: Callable[[Tensor], Tensor], x: Tensor) -> Traced:
+    run = trace(function, x)
+    run.compile(x)
+    return run
 
 
 @pytest.fixture(scope="module")
