@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from aptq.api import Allocation, AptqError, Format, FrontAllocator, MeasuringAllocator, Option
+from aptq.api import Allocation, AptqError, BudgetedAllocator, Format, FrontAllocator, MeasuringAllocator, Option
 from aptq.audit import CHOSEN, audit, candidates, preferred
 from aptq.calibration.quantize import storage_bits
 from aptq.fusion import fused_groups
@@ -88,25 +88,26 @@ def _problem(
     """Measure what each layer costs at each option, where the allocator needs it."""
     source = walk.source
     shapes = source.layer_shapes()
-    costs: dict[str, dict[Option, float]] = {}
-    if experiment.allocator.needs_costs:
-        statistics = measurement.statistics()
-        costs = with_unseen(
-            {name: {option: experiment.metric.cost(statistics[name], option) for option in options} for name in shapes}
-        )
     sizes = {
         name: {option: storage_bits(experiment.format, option, shape) for option in options}
         for name, shape in shapes.items()
     }
-    return Allocation(
+    problem = Allocation(
         shapes=shapes,
         options=options,
-        costs=costs,
+        costs={},
         storage_bits=sizes,
         other_bytes=source.other_bytes + embedding_bytes(experiment, source),
         seconds={} if experiment.decode_times is None else experiment.decode_times.of(shapes, options),
         fused=fused,
     )
+    if isinstance(experiment.allocator, BudgetedAllocator):
+        experiment.allocator.check_problem(problem)  # before minutes are spent on costs
+    if not experiment.allocator.needs_costs:
+        return problem
+    statistics = measurement.statistics()
+    costs = {name: {option: experiment.metric.cost(statistics[name], option) for option in options} for name in shapes}
+    return replace(problem, costs=with_unseen(costs))
 
 
 def _allocated(

@@ -16,6 +16,9 @@ from aptq.api import Allocation, AptqError, Option
 _COUNTS = ("code", "storage", "model", "time")
 _BITS_PER_MEGABYTE = 8_000_000
 _NANOSECONDS = 1e9
+_SLACK = 1e-9
+"""Of a budget: what its product with the number of weights may be rounded by."""
+
 _PER_MILLISECOND = 1_000_000
 _Number = TypeVar("_Number", np.int64, np.float64)
 
@@ -89,6 +92,10 @@ class Budgeted:
                 "counted. Use allocator.count=storage, model or time to choose among several group sizes or formats."
             )
 
+    def check_problem(self, problem: Allocation) -> None:
+        """Raise ``AptqError`` where no plan is within the budget, whatever options cost."""
+        check_feasible(problem, self.budget, self.count, self.pin or {})
+
     def choices(self, problem: Allocation) -> Choices:
         """Return the problem as arrays; see ``choices``."""
         return choices(problem, self.budget, self.count, self.pin or {})
@@ -144,13 +151,21 @@ def choices(problem: Allocation, budget: float, count: str, pin: Mapping[str, in
             "The metric gives each layer the same cost at all bits, so that there is nothing to weigh against size. "
             "Use a metric that knows bits (metric=error), or allocator=ratio."
         )
-    smallest = np.where(allowed, sizes, np.iinfo(np.int64).max).min(axis=1).sum() + other
-    limit = int(budget * unit * (1 + 1e-9))
-    if smallest > limit:
-        _refuse(len(problem.shapes), sizes, allowed, pin, other=other, unit=unit, budget=budget, count=count)
+    check_feasible(problem, budget, count, pin)
+    limit = int(budget * unit * (1 + _SLACK))
     return Choices(
         units=units, options=options, costs=np.where(allowed, costs, np.inf), sizes=sizes, limit=limit - other
     )
+
+
+def check_feasible(problem: Allocation, budget: float, count: str, pin: Mapping[str, int]) -> None:
+    """Raise ``AptqError`` where nothing is within the budget, with the range that is and what it is owed to, or where a
+    pattern matches no layer; costs are not looked at."""
+    sizes, (unit, other) = _sizes(problem, count), _scale(problem, count)
+    allowed = _allowed(problem.units(), list(problem.options), pin)
+    smallest = np.where(allowed, sizes, np.iinfo(np.int64).max).min(axis=1).sum() + other
+    if smallest > int(budget * unit * (1 + _SLACK)):
+        _refuse(len(problem.shapes), sizes, allowed, pin, other=other, unit=unit, budget=budget, count=count)
 
 
 def span(problem: Allocation, count: str, pin: Mapping[str, int]) -> tuple[float, float]:

@@ -40,6 +40,11 @@ class Pareto(Budgeted):
                 "null to go by allocator.budget."
             )
 
+    def check_problem(self, problem: Allocation) -> None:
+        """Raise ``AptqError`` where no plan is within the budget, unless ``max_cost`` decides."""
+        if self.max_cost is None:
+            super().check_problem(problem)
+
     def allocate(self, problem: Allocation) -> dict[str, Option]:
         """Return the plan at the budget, or the smallest one within ``max_cost``.
 

@@ -18,6 +18,7 @@ from aptq.api.activations import (
 from aptq.api.allocation import (
     Allocation,
     Allocator,
+    BudgetedAllocator,
     DivergenceMetric,
     FrontAllocator,
     GroupedAllocator,
@@ -110,6 +111,7 @@ __all__ = [
     "Callback",
     "Curvature",
     "CurvatureSum",
+    "BudgetedAllocator",
     "DivergenceMetric",
     "DriftEstimator",
     "DriftObserver",

@@ -211,6 +211,14 @@ class TimedAllocator(Allocator, Protocol):
 
 
 @runtime_checkable
+class BudgetedAllocator(Allocator, Protocol):
+    """An allocator that knows without costs what no plan can keep."""
+
+    def check_problem(self, problem: Allocation) -> None:
+        """Raise ``AptqError`` where no plan is within the budget. ``problem`` has no costs: none are measured yet."""
+
+
+@runtime_checkable
 class MeasuringAllocator(Allocator, Protocol):
     """An allocator that has plans measured: ``Allocation.judge`` is there for it."""
 

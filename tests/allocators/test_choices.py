@@ -38,9 +38,10 @@ def test_pins_hold() -> None:
     ],
 )
 def test_what_cannot_be_kept_is_refused_with_the_range_and_the_reason(allocator: Knapsack, message: str) -> None:
-    problem = random_problem(allocator.bits, 7, 0, flat=False, with_costs=True)
-    with pytest.raises(AptqError, match=message.replace("(", r"\(")):
-        allocator.allocate(replace(problem, other_bytes=50_000))
+    problem = replace(random_problem(allocator.bits, 7, 0, flat=False, with_costs=True), other_bytes=50_000)
+    for attempt in (allocator.allocate, lambda each: allocator.check_problem(replace(each, costs={}))):
+        with pytest.raises(AptqError, match=message.replace("(", r"\(")):
+            attempt(problem)
 
 
 def test_costs_that_are_blind_to_bits_are_refused() -> None:
