@@ -166,6 +166,22 @@ def test_a_finished_run_is_not_run_over(overrides: Callable[..., list[str]]) -> 
     assert run.metrics()["bits"]["code"] == 2.0
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["allocator.budget=0.01", "allocator.count=model"], "cannot be kept: these 21 layers take between"),
+        (["allocator.budget=2"], "between 3 and 4"),
+        (["allocator.pin={nothing: 4}"], "no layer is left for 'nothing'"),
+    ],
+)
+def test_budgets_that_no_plan_keeps_are_refused_before_anything_is_measured(
+    overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, words: list[str], told: str
+) -> None:
+    monkeypatch.delattr("aptq.measurement.Measurement.statistics")
+    with pytest.raises(AptqError, match=told):
+        aptq.quantize(overrides("evaluator=none", "allocator=knapsack", "allocator.bits=[3,4]", *words))
+
+
 def test_another_config_does_not_take_up_a_run(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     aptq.quantize(overrides("evaluator=none", "allocator=uniform"))
     (tmp_path / "run" / "metrics.json").unlink()
