@@ -33,7 +33,7 @@ class _Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("qweight", "scales", "below", "qzeros", "levels")),
-        *((name, _INT) for name in ("inputs", "outputs", "group", "bits", "scale_type")),
+        *((name, _INT) for name in ("inputs", "outputs", "group", "groups", "bits", "scale_type")),
     )
 
 
@@ -77,6 +77,7 @@ class Packed(NamedTuple):
             self.in_features,
             self.out_features,
             self.group,
+            self.scales.shape[0],
             self.qweight.shape[1],
             TYPES[self.scales.dtype],
         )

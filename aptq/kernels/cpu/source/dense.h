@@ -30,7 +30,7 @@ static void each_weights(const Layer& layer, Range units, Range outputs, const U
         for (int64_t column = outputs.begin; column < outputs.end; column += TILE) {
             Tile tile = tile_at(layer, chunk, column, room);
             for (int lane = 0; lane < TILE; lane += LANES) {
-                Words zeros = tile.zeros ? spread<BITS>(tile.zeros, groups_of(layer), lane)
+                Words zeros = tile.zeros ? spread<BITS>(tile.zeros, layer.groups, lane)
                                          : splat((uint32_t)1 << (BITS - 1));
                 Floats zero = (Floats)(zeros | LARGE);
                 Floats scale = load_floats(tile.scales, layer.scale_type, lane), scale_below = scale;

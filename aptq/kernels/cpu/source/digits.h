@@ -14,7 +14,7 @@ constexpr int MOST_ROWS = 4;  // of activations that share one reading of the co
 struct Digits {
     int32_t* quads;
     float* steps;   // [rows, chunks]
-    int32_t* sums;  // [chunks, rows, digits]
+    int32_t* sums;  // [chunks, rows, digits]: their negatives in the lower halves, 15 bits and a sign, to be multiplied by zeros
 };
 struct Block {
     int64_t first, rows;
@@ -77,8 +77,9 @@ static void digitize_chunk(int bits, const float* x, int64_t units, int32_t* qua
         }
     }
     for (int d = 0; d < D; d++) {
-        sums[d] = 0;
-        for (int lane = 0; lane < LANES; lane++) sums[d] += sum[d][lane];
+        int32_t total = 0;
+        for (int lane = 0; lane < LANES; lane++) total += sum[d][lane];
+        sums[d] = -total & 0xFFFF;
     }
 }
 

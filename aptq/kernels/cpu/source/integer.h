@@ -14,11 +14,11 @@ static void multiply(const Tile& tile, const Layer& layer, int64_t units, const 
     for (int first = 0; first < TILE; first += vectors * LANES) {
         Dot<BITS> sum[vectors][accumulators];
         for (int v = 0; v < vectors; v++) {
-            Words zero = tile.zeros ? spread<BITS>(tile.zeros, groups_of(layer), first + v * LANES)
+            Words zero = tile.zeros ? spread<BITS>(tile.zeros, layer.groups, first + v * LANES)
                                     : splat((uint32_t)1 << (BITS - 1));
             for (int d = 0; d < D; d++)
-                for (int m = 0; m < ROWS; m++)  // a sum of digits has 15 bits and a sign
-                    sum[v][d * ROWS + m].total = dot_pairs(Ints{}, (Ints)zero, splat(-sums[m * D + d] & 0xFFFF));
+                for (int m = 0; m < ROWS; m++)
+                    sum[v][d * ROWS + m].total = dot_pairs(Ints{}, (Ints)zero, splat(sums[m * D + d]));
         }
         const int32_t* x = quads;
         const uint32_t* words = tile.words + first;

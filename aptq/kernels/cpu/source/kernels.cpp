@@ -24,7 +24,9 @@ struct Buffer {
     Buffer& operator=(const Buffer&) = delete;
 };
 
-constexpr int64_t STRIP = 1024, LEAST_STRIP = 96;  // outputs that a thread takes at once
+// Outputs that a thread takes at once. For few rows, reading codes is what takes time, and rows of words are read the
+// faster the longer they are; for more, sums have to stay in the cache.
+constexpr int64_t FEW_ROWS = 4, STRIP = 2048, STRIP_OF_MANY = 1024, LEAST_STRIP = 96;
 constexpr int64_t STRIPS_PER_THREAD = 4;
 constexpr int64_t SLAB = 64;  // rows whose digits of a chunk stay in the cache
 constexpr int64_t LEAST_SLAB = 128, MOST_SLAB = 1024;  // rows that share unpacked weights
@@ -88,8 +90,10 @@ static void in_strips(const Several& several, int64_t rows, int64_t type, int64_
     for (int64_t index = 0; index < several.count; index++) {
         const Layer& layer = *several.layers[index];
         int64_t tiles = ceil_div(layer.outputs, TILE);
-        int64_t each = std::clamp(tiles * TILE / (LEAST_STRIP * threads), (int64_t)1, STRIPS_PER_THREAD);
-        int64_t wanted = std::max(each * threads, ceil_div(tiles * TILE, STRIP));  // as many for each thread
+        int64_t most = rows <= FEW_ROWS ? 1 : STRIPS_PER_THREAD;
+        int64_t each = std::clamp(tiles * TILE / (LEAST_STRIP * threads), (int64_t)1, most);
+        int64_t strip = rows <= FEW_ROWS ? STRIP : STRIP_OF_MANY;
+        int64_t wanted = std::max(each * threads, ceil_div(tiles * TILE, strip));  // as many for each thread
         strips[index] = {parts, ceil_div(tiles, wanted) * TILE};
         parts += ceil_div(layer.outputs, strips[index].width);
         products += rows * layer.inputs * layer.outputs;

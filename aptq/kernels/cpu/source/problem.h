@@ -15,12 +15,11 @@ struct Layer {
     const void* below;        // [groups, N]: scales of levels below 0; null: none of their own
     const uint32_t* qzeros;   // [ceil(N / 32), bits, groups]; null: the zero is 2^(bits - 1)
     const float* levels;      // [16]: what codes stand for; null: integers
-    int64_t inputs, outputs, group, bits;
+    int64_t inputs, outputs, group, groups, bits;
     int64_t scale_type;
 };
 
 static inline int64_t ceil_div(int64_t left, int64_t right) { return (left + right - 1) / right; }
-static inline int64_t groups_of(const Layer& layer) { return ceil_div(layer.inputs, layer.group); }
 
 // A run of inputs in one group: what is accumulated before scales are applied.
 struct Chunk {
@@ -94,7 +93,7 @@ static inline Tile tile_at(const Layer& layer, const Chunk& chunk, int64_t colum
     const char* scales = (const char*)layer.scales + scale_at;
     const char* below = layer.below ? (const char*)layer.below + scale_at : nullptr;
     const uint32_t* zeros =
-        layer.qzeros ? layer.qzeros + column / UNIT * layer.bits * groups_of(layer) + chunk.group : nullptr;
+        layer.qzeros ? layer.qzeros + column / UNIT * layer.bits * layer.groups + chunk.group : nullptr;
     if (column + TILE <= n) return {words, n, zeros, scales, below};
     int64_t rest = n - column;
     std::memset(&room, 0, sizeof room);
