@@ -16,9 +16,6 @@ from aptq.api import Allocation, AptqError, Option
 _COUNTS = ("code", "storage", "model", "time")
 _BITS_PER_MEGABYTE = 8_000_000
 _NANOSECONDS = 1e9
-_SLACK = 1e-9
-"""Of a budget: what its product with the number of weights may be rounded by."""
-
 _PER_MILLISECOND = 1_000_000
 _Number = TypeVar("_Number", np.int64, np.float64)
 
@@ -144,28 +141,39 @@ def choices(problem: Allocation, budget: float, count: str, pin: Mapping[str, in
             raise AptqError(f"The metric's costs of {name} are {problem.costs[name]}; a plan needs numbers.")
     costs = _by_unit(problem, lambda name, option: problem.costs[name][option], np.float64)
     sizes = _sizes(problem, count)
-    unit, other = _scale(problem, count)
     allowed = _allowed(units, options, pin)
     if not np.ptp(costs, axis=1).any() and len(options) > 1:
         raise AptqError(
             "The metric gives each layer the same cost at all bits, so that there is nothing to weigh against size. "
             "Use a metric that knows bits (metric=error), or allocator=ratio."
         )
-    check_feasible(problem, budget, count, pin)
-    limit = int(budget * unit * (1 + _SLACK))
-    return Choices(
-        units=units, options=options, costs=np.where(allowed, costs, np.inf), sizes=sizes, limit=limit - other
-    )
+    limit = _limit(problem, sizes, allowed, pin, budget=budget, count=count)
+    return Choices(units=units, options=options, costs=np.where(allowed, costs, np.inf), sizes=sizes, limit=limit)
 
 
 def check_feasible(problem: Allocation, budget: float, count: str, pin: Mapping[str, int]) -> None:
     """Raise ``AptqError`` where nothing is within the budget, with the range that is and what it is owed to, or where a
     pattern matches no layer; costs are not looked at."""
-    sizes, (unit, other) = _sizes(problem, count), _scale(problem, count)
     allowed = _allowed(problem.units(), list(problem.options), pin)
+    _limit(problem, _sizes(problem, count), allowed, pin, budget=budget, count=count)
+
+
+def _limit(
+    problem: Allocation,
+    sizes: NDArray[np.int64],
+    allowed: NDArray[np.bool_],
+    pin: Mapping[str, int],
+    *,
+    budget: float,
+    count: str,
+) -> int:
+    """Return what the budget leaves for the layers, in the unit of sizes; refuse one that no plan keeps."""
+    unit, other = _scale(problem, count)
     smallest = np.where(allowed, sizes, np.iinfo(np.int64).max).min(axis=1).sum() + other
-    if smallest > int(budget * unit * (1 + _SLACK)):
+    limit = int(budget * unit * (1 + 1e-9))
+    if smallest > limit:
         _refuse(len(problem.shapes), sizes, allowed, pin, other=other, unit=unit, budget=budget, count=count)
+    return limit - other
 
 
 def span(problem: Allocation, count: str, pin: Mapping[str, int]) -> tuple[float, float]:

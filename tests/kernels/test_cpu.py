@@ -309,7 +309,7 @@ def test_weights_of_one_input_in_one_call_are_the_same_to_the_bit(rows: int, dty
     x = torch.randn(rows, 192, generator=torch.Generator().manual_seed(1)).to(dtype)
     alone = [kernels.multiply(x, layer, 2, turn) for layer in layers]
     for threads in (1, 2, 5):
-        together = kernels.bind(layers, 2, turn, threads)(x)
+        together = kernels.multiply_several(x, layers, 2, turn, threads)
         assert all(torch.equal(*each) for each in zip(together, alone, strict=True))
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache, partial
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The kernels' numbers of the dtypes that they read and write."""
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
+_One = _POINTER * 1
 Reference = Any
 """To a structure, as ``ctypes.byref`` gives it; it keeps the structure."""
 
@@ -66,8 +67,8 @@ class Packed(NamedTuple):
         """Width of the output."""
         return self.scales.shape[1]
 
-    def struct(self) -> _Layer:
-        """Return what the kernels take; it holds no reference to the tensors."""
+    def struct(self) -> Reference:
+        """Return what the kernels take, a pointer in an array of one; it holds no reference to the tensors."""
         return _layer(
             self.qweight.data_ptr(),
             self.scales.data_ptr(),
@@ -101,11 +102,15 @@ class Turn(NamedTuple):
         return _rotation(self.signs.data_ptr(), self.matrix.data_ptr(), self.matrix.shape[0])
 
 
+def _pointers(pointers: Sequence[Any]) -> Reference:
+    return (ctypes.POINTER(_Layer) * len(pointers))(*pointers)
+
+
 # Structures are made once for all calls with the same addresses: that takes longer than a small product. They say
 # nothing but what they were made of, so one that is remembered beyond its tensors is never wrong.
 @lru_cache(maxsize=1 << 14)
-def _layer(*fields: int | None) -> _Layer:
-    return _Layer(*fields)
+def _layer(*fields: int | None) -> Reference:
+    return _pointers([ctypes.pointer(_Layer(*fields))])
 
 
 @lru_cache(maxsize=256)
@@ -162,7 +167,9 @@ class Library:
         self.tiles: bool = library.aptq_tiles() == 1
         """Whether torch has an instruction for dense bfloat16 products that these kernels do not use (AMX)."""
 
-    def multiply(self, x: Tensor, layer: Packed, digits: int, turn: Turn | None = None) -> Tensor:
+    def multiply(
+        self, x: Tensor, layer: Packed, digits: int, turn: Turn | None = None, threads: int | None = None
+    ) -> Tensor:
         """Return ``x W^T``, or ``x T W^T``, ``[..., out]``, for a contiguous ``x [..., in]`` of a dtype in ``TYPES``.
 
         Args:
@@ -170,49 +177,41 @@ class Library:
             layer: the weight.
             digits: bytes that an activation becomes where codes are integers: 1 to 3.
             turn: ``T``; its product is rounded to the dtype of ``x``, as ``rotate`` rounds it.
-        """
-        return self.bind([layer], digits, turn)(x)[0]
-
-    def bind(
-        self, layers: Sequence[Packed], digits: int, turn: Turn | None = None, threads: int | None = None
-    ) -> Callable[[Tensor], list[Tensor]]:
-        """Return ``multiply`` by each of some weights as one function of ``x``, which holds their tensors.
-
-        Args:
-            layers: of inputs of one width; those that do not mean integers come alone.
-            digits: as in ``multiply``.
-            turn: as in ``multiply``.
             threads: default: as many as torch has now.
         """
-        first, threads = layers[0], threads or torch.get_num_threads()
-        rotation = None if turn is None else turn.struct()
-        if (states := first.states_struct()) is not None:
-            weight = partial(self._states_multiply, ctypes.byref(first.struct()), states)
-            last: tuple[int, ...] = (threads,)
+        y = x.new_empty((*x.shape[:-1], layer.scales.shape[1]))
+        struct, rotation = layer.struct(), None if turn is None else turn.struct()
+        at = _One(y.data_ptr()), x.data_ptr(), x.numel() // layer.in_features, TYPES[x.dtype]
+        threads = threads or torch.get_num_threads()
+        if (states := layer.states_struct()) is not None:
+            self._states_multiply(struct[0], states, rotation, *at, threads)
         else:
-            pointers = (ctypes.POINTER(_Layer) * len(layers))(*(ctypes.pointer(layer.struct()) for layer in layers))
-            weight = partial(self._multiply, pointers, len(layers))
-            last = digits, threads
-        results = _POINTER * len(layers)
+            self._multiply(struct, 1, rotation, *at, digits, threads)
+        return y
 
-        def product(x: Tensor, held: tuple[Sequence[Packed], Turn | None] = (layers, turn)) -> list[Tensor]:
-            shape = x.shape[:-1]  # structures hold no tensors, but this function does
-            ys = [x.new_empty((*shape, layer.scales.shape[1])) for layer in held[0]]
-            at = results(*(y.data_ptr() for y in ys)), x.data_ptr(), x.numel() // first.in_features
-            weight(rotation, *at, TYPES[x.dtype], *last)
-            return ys
+    def multiply_several(
+        self, x: Tensor, layers: Sequence[Packed], digits: int, turn: Turn | None = None, threads: int | None = None
+    ) -> list[Tensor]:
+        """Return what ``multiply`` does for each of some weights that mean integers, in one call."""
+        ys = [x.new_empty((*x.shape[:-1], layer.scales.shape[1])) for layer in layers]
+        pointers = _pointers([layer.struct()[0] for layer in layers])
+        results = (_POINTER * len(layers))(*(y.data_ptr() for y in ys))
+        at = results, x.data_ptr(), x.numel() // layers[0].in_features, TYPES[x.dtype]
+        rotation = None if turn is None else turn.struct()
+        self._multiply(pointers, len(layers), rotation, *at, digits, threads or torch.get_num_threads())
+        return ys
 
-        return product
-
-    def many(self, x: Tensor, layer: Packed, turn: Turn | None = None) -> Tensor:
+    def many(self, x: Tensor, layer: Packed, turn: Turn | None = None, threads: int | None = None) -> Tensor:
         """Return what ``multiply`` does, from weights that are unpacked a few at a time: for many rows.
 
         Weights are rounded to bfloat16 where ``x`` is that and ``fast_pairs``, else float32; sums are float32.
+        ``threads`` are as many as torch has now unless told.
         """
         y = x.new_empty((*x.shape[:-1], layer.scales.shape[1]))
         rotation = None if turn is None else turn.struct()
         at = x.data_ptr(), y.data_ptr(), x.numel() // layer.in_features, TYPES[x.dtype]
-        self._many(ctypes.byref(layer.struct()), layer.states_struct(), rotation, *at, torch.get_num_threads())
+        last = threads or torch.get_num_threads()
+        self._many(layer.struct()[0], layer.states_struct(), rotation, *at, last)
         return y
 
     def rotate(self, x: Tensor, turn: Turn) -> Tensor:
@@ -246,7 +245,7 @@ class Library:
             room: ``[in, end - begin]`` with both rounded up to multiples of ``TILE``, contiguous, float32 or bfloat16.
         """
         to = begin, end, room.data_ptr(), room.shape[1], TYPES[room.dtype]
-        self._dense(ctypes.byref(layer.struct()), layer.states_struct(), *to, torch.get_num_threads())
+        self._dense(layer.struct()[0], layer.states_struct(), *to, torch.get_num_threads())
         return room[: layer.in_features, : end - begin]
 
 

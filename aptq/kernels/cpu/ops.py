@@ -67,7 +67,7 @@ def cpu_matmul(
         AptqError: the width of ``x`` is not the weight's.
     """
     weight = qweight, scales, below, qzeros, levels, signs, matrix, group, int8, architecture, folder
-    return _products([_integers_or_levels(_width(x, qweight), x.dtype, *weight)])(x)[0]
+    return _product(_integers_or_levels(_width(x, qweight), x.dtype, *weight), x)
 
 
 def cpu_trellis_matmul(
@@ -83,7 +83,7 @@ def cpu_trellis_matmul(
 ) -> Tensor:
     """Return what ``cpu_matmul`` does for a weight whose values are those of states (``Packed.states``)."""
     weight = qweight, scales, states, signs, matrix, group, architecture, folder
-    return _products([_states(_width(x, qweight), x.dtype, *weight)])(x)[0]
+    return _product(_states(_width(x, qweight), x.dtype, *weight), x)
 
 
 class _Weight(NamedTuple):
@@ -138,19 +138,24 @@ def _turn(signs: Tensor | None, matrix: Tensor | None) -> Turn | None:
     return None if signs is None or matrix is None else Turn(signs, matrix)
 
 
-def _products(weights: Sequence[_Weight], threads: int | None = None) -> Products:
+def _product(weight: _Weight, x: Tensor, threads: int | None = None) -> Tensor:
+    if x.numel() <= weight.most * weight.packed.in_features:
+        return weight.kernels.multiply(x.contiguous(), weight.packed, weight.digits, weight.turn, threads)
+    return _many_rows(weight, x, threads)
+
+
+def _products(weights: Sequence[_Weight], threads: int) -> Products:
     """Return the products with some weights: in one call where they can, else one after the other."""
     first = weights[0]
-    if any(_alone(each) or _shared(each) != _shared(first) for each in weights[1:]):
-        each_alone = [_products([weight], threads) for weight in weights]
-        return lambda x: [products(x)[0] for products in each_alone]
-    direct = first.kernels.bind([weight.packed for weight in weights], first.digits, first.turn, threads)
+    layers = [weight.packed for weight in weights]
     most = min(weight.most for weight in weights) * first.packed.in_features
+    if len(weights) == 1 or any(_alone(each) or _shared(each) != _shared(first) for each in weights):
+        most = -1
 
     def products(x: Tensor) -> list[Tensor]:
         if x.numel() <= most:
-            return direct(x.contiguous())
-        return [_many_rows(weight.kernels, weight.packed, x, weight.turn) for weight in weights]
+            return first.kernels.multiply_several(x.contiguous(), layers, first.digits, first.turn, threads)
+        return [_product(weight, x, threads) for weight in weights]
 
     return products
 
@@ -163,7 +168,7 @@ def _alone(weight: _Weight) -> bool:
 def _shared(weight: _Weight) -> tuple[object, ...]:
     """Return what weights have in common that are multiplied in one call."""
     turn = weight.turn and (weight.turn.signs.data_ptr(), weight.turn.matrix.data_ptr())
-    return weight.kernels, weight.digits, turn, _alone(weight)
+    return weight.kernels, weight.digits, turn
 
 
 def _bound(make: Callable[..., _Weight], arguments: Sequence[tuple[Any, ...]]) -> Products:
@@ -207,11 +212,12 @@ def _direct_rows(kernels: Library, packed: Packed, dtype: torch.dtype, int8: boo
     return 16 if dtype != torch.float32 and packed.qweight.shape[1] < 8 else 8
 
 
-def _many_rows(kernels: Library, packed: Packed, x: Tensor, turn: Turn | None) -> Tensor:
+def _many_rows(weight: _Weight, x: Tensor, threads: int | None) -> Tensor:
     """Return ``x W^T``, ``[..., out]``, from weights that are unpacked once for all rows."""
+    kernels, packed, turn = weight.kernels, weight.packed, weight.turn
     if kernels.tiles and x.dtype == torch.bfloat16 and x.numel() > packed.in_features * _BEFORE_TILES:
         return _by_strips(kernels, packed, x, turn)
-    return kernels.many(x.contiguous(), packed, turn)
+    return kernels.many(x.contiguous(), packed, turn, threads)
 
 
 def _by_strips(kernels: Library, packed: Packed, x: Tensor, turn: Turn | None) -> Tensor:
