@@ -21,6 +21,7 @@ from aptq.api import ActivationQuantizer, AptqError, Format, Option, StoredEmbed
 from aptq.backends.select import installed_backends
 from aptq.embedding import PackedEmbedding
 from aptq.hf_config import METHOD, AptqConfig
+from aptq.large_pages import LargePages
 from aptq.layer import PackedLinear
 from aptq.packed import PackedModule
 
@@ -85,6 +86,7 @@ class AptqHfQuantizer(HfQuantizer):
         backends, refusals = installed_backends()
         for name, reason in refusals.items():
             _log.warning("backend %s cannot be used: %s", name, reason)
+        _settle([module for module in model.modules() if isinstance(module, PackedModule)])
         for module in model.modules():
             # On meta there is nothing to multiply with yet.
             if isinstance(module, PackedLinear) and not any(each.is_meta for each in module.packed().values()):
@@ -128,6 +130,15 @@ def load(
         path, config=config, device_map=device_map, dtype=dtype
     )
     return model
+
+
+def _settle(modules: Sequence[PackedModule]) -> None:
+    """Move packed tensors that stay on the CPU from the mapped file to memory that is faster to read, one by one."""
+    own = [module for module in modules if module.holder is module and module.device.type == "cpu"]
+    memory = LargePages(tensor.nbytes for module in own for tensor in module.packed().values())
+    for module in own:
+        for name, tensor in module.packed().items():
+            setattr(module, name, memory.copy(tensor))
 
 
 def _resolve(model: PreTrainedModel, options: Mapping[str, Option]) -> dict[str, Option]:

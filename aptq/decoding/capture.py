@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -136,17 +136,24 @@ def _bind_products(graph: fx.GraphModule) -> list[Bound]:
             products.setdefault((node.target, node.args[0]), []).append((node, weight))
     bound = []
     for (target, _), mine in products.items():
-        x = mine[0][0].args[0]  # by now perhaps the result of another product
-        widths = [node.meta["val"].shape[-1] for node, _ in mine]
-        bound.append(Bound(target, [weight for _, weight in mine], widths))
+        x: Any = mine[0][0].args[0]  # by now perhaps the result of another product
+        ends = list(accumulate(node.meta["val"].shape[-1] for node, _ in mine))
+        bound.append(Bound(target, [weight for _, weight in mine], x.meta["val"]))
         with graph.graph.inserting_before(mine[0][0]):
-            together = graph.graph.call_function(torch.ops.aptq.bound.default, (x, bound[-1].number, widths))
-        for index, (node, _) in enumerate(mine):
+            together = graph.graph.call_function(torch.ops.aptq.bound.default, (x, bound[-1].number, ends[-1]))
+        for (node, _), begin, end in zip(mine, [0, *ends], ends, strict=False):
             with graph.graph.inserting_before(node):
-                own = graph.graph.call_function(operator.getitem, (together, index))
+                own = together if len(mine) == 1 else _columns(graph.graph, together, begin, end)
+            own.meta = node.meta
             node.replace_all_uses_with(own)
             graph.graph.erase_node(node)
     return bound
+
+
+def _columns(graph: fx.Graph, together: fx.Node, begin: int, end: int) -> fx.Node:
+    """Return some columns of a result, contiguous as the product by itself was."""
+    own = graph.call_function(torch.ops.aten.slice.Tensor, (together, -1, begin, end))
+    return graph.call_function(torch.ops.aten.clone.default, (own,), {"memory_format": torch.contiguous_format})
 
 
 def _weight(graph: fx.GraphModule, node: fx.Node) -> tuple[Any, ...] | None:

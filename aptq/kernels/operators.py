@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -24,15 +24,16 @@ def plain(x: Tensor) -> bool:
     return type(x) is Tensor and not traced and not (x.requires_grad and torch.is_grad_enabled())
 
 
-Products = Callable[[Tensor], list[Tensor]]
-"""Of activations ``x [..., in]``: ``x W^T [..., out]`` for each of some weights."""
+Product = Callable[[Tensor], Tensor]
+"""Of activations ``x [..., in]``: ``x W^T [..., out]`` for some weights, whose outputs lie beside each other."""
 
-Binder = Callable[[Sequence[tuple[Any, ...]]], Products]
-"""Takes the arguments behind ``x`` of an operator's products that read one ``x``, and returns them as one function."""
+Binder = Callable[[Sequence[tuple[Any, ...]], Tensor], Product]
+"""Takes the arguments behind ``x`` of an operator's products that read one ``x``, and an ``x`` whose shape and dtype
+all will have; returns the products as one function."""
 
 
 class Bound:
-    """Products with some packed weights, as a function of the activations alone.
+    """Products with some packed weights, as a function of activations of one shape and dtype.
 
     ``torch.ops.aptq.bound`` finds it by its number while somebody holds it. What can be done for a weight once is done
     here, so that products are as fast as their kernels, where layers are small.
@@ -40,17 +41,17 @@ class Bound:
     Args:
         operator: of torch, with its overload.
         arguments: those behind ``x`` of each product; they are held.
-        widths: each ``out``.
+        like: activations of the shape and dtype; values are not read.
     """
 
-    def __init__(self, operator: Any, arguments: Sequence[tuple[Any, ...]], widths: list[int]) -> None:
-        self.products, self.widths = _binders[operator](arguments), widths
+    def __init__(self, operator: Any, arguments: Sequence[tuple[Any, ...]], like: Tensor) -> None:
         self.number = next(_numbers)
-        _bound[self.number] = self
+        _bound[self.number] = _binders[operator](arguments, like)
+        finalize(self, _bound.pop, self.number)
 
 
 _numbers = count()
-_bound: WeakValueDictionary[int, Bound] = WeakValueDictionary()
+_bound: dict[int, Product] = {}
 _binders: dict[Any, Binder] = {}
 
 
@@ -93,16 +94,16 @@ def _fake(x: Tensor, qweight: Tensor, scales: Tensor, *rest: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], scales.shape[1])
 
 
-def _products(x: Tensor, number: int, widths: list[int]) -> list[Tensor]:
-    del widths
-    return _bound[number].products(x)
+def _bound_product(x: Tensor, number: int, width: int) -> Tensor:
+    del width
+    return _bound[number](x)
 
 
-def _fake_products(x: Tensor, number: int, widths: list[int]) -> list[Tensor]:
+def _fake_bound_product(x: Tensor, number: int, width: int) -> Tensor:
     del number
-    return [x.new_empty(*x.shape[:-1], width) for width in widths]
+    return x.new_empty(*x.shape[:-1], width)
 
 
-OPERATORS.define("bound(Tensor x, int number, int[] widths) -> Tensor[]", tags=_TAGS)
-OPERATORS.impl("bound", _products, "CompositeExplicitAutograd")
-torch.library.register_fake("aptq::bound", _fake_products, lib=OPERATORS)
+OPERATORS.define("bound(Tensor x, int number, int width) -> Tensor", tags=_TAGS)
+OPERATORS.impl("bound", _bound_product, "CompositeExplicitAutograd")
+torch.library.register_fake("aptq::bound", _fake_bound_product, lib=OPERATORS)

@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
@@ -305,12 +306,30 @@ def test_inputs_are_rotated_as_by_themselves(rows: int, dtype: torch.dtype) -> N
 def test_weights_of_one_input_in_one_call_are_the_same_to_the_bit(rows: int, dtype: torch.dtype) -> None:
     kernels, turn = load_kernels("native", FOLDER), turn_of(192)
     shapes = {(576, 2): True, (40, 3): False, (7, 8): True, (1000, 4): True}
-    layers = [random_layer(out, 192, bits, 64, zeros=zeros)[0] for (out, bits), zeros in shapes.items()]
+    integers = [random_layer(out, 192, bits, 64, zeros=zeros)[0] for (out, bits), zeros in shapes.items()]
+    table = torch.linspace(-1, 1, 16)
+    levels = [layer._replace(levels=table, qzeros=None) for layer in integers if layer.qweight.shape[1] < 8]
+    states = [random_states(out, 192, bits, 64, state)[0] for out, bits, state in ((96, 2, 10), (40, 3, 12))]
     x = torch.randn(rows, 192, generator=torch.Generator().manual_seed(1)).to(dtype)
-    alone = [kernels.multiply(x, layer, 2, turn) for layer in layers]
-    for threads in (1, 2, 5):
-        together = kernels.multiply_several(x, layers, 2, turn, threads)
-        assert all(torch.equal(*each) for each in zip(together, alone, strict=True))
+    for layers in (integers, levels, states):
+        alone = torch.cat([kernels.multiply(x, layer, 2, turn) for layer in layers], -1)
+        for threads in (1, 2, 5):
+            together = kernels.multiplier(layers, (rows,), dtype, 2, turn, threads)(x)
+            assert torch.equal(together, alone)
+
+
+def test_callers_on_several_threads_do_not_disturb_each_other() -> None:
+    """One has the pool's threads at a time; the others work by themselves."""
+    kernels = load_kernels("native", FOLDER)
+    layers = [random_layer(1000, 192, bits, 64, zeros=True)[0] for bits in (2, 3, 4, 8)]
+    x = torch.randn(2, 192)
+    expected = [kernels.multiply(x, layer, 3, threads=1) for layer in layers]
+
+    def right(index: int) -> bool:
+        return all(torch.equal(kernels.multiply(x, layers[index], 3, threads=3), expected[index]) for _ in range(500))
+
+    with ThreadPoolExecutor(len(layers)) as callers:
+        assert all(callers.map(right, range(len(layers))))
 
 
 def test_inputs_of_another_width_are_refused() -> None:

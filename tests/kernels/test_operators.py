@@ -27,21 +27,22 @@ def weight(seed: int) -> tuple[object, ...]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bound_products_are_those_of_the_operator(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     weights, x = [weight(0), weight(1)], torch.randn(shape).to(dtype)
-    bound = Bound(OPERATOR, weights, [96, 96])
-    found = torch.ops.aptq.bound(x, bound.number, bound.widths)
-    for y, each in zip(found, weights, strict=True):
-        assert torch.equal(y, ops.cpu_matmul(x, *each))
-    torch.library.opcheck(torch.ops.aptq.bound.default, (x, bound.number, bound.widths))
+    for some in (weights, weights[:1], [weights[0], (*weights[1][:8], True, *weights[1][9:])]):
+        bound = Bound(OPERATOR, some, x)
+        y = torch.ops.aptq.bound(x, bound.number, 96 * len(some))
+        assert torch.equal(y, torch.cat([ops.cpu_matmul(x, *each) for each in some], -1))
+        torch.library.opcheck(torch.ops.aptq.bound.default, (x, bound.number, 96 * len(some)))
 
 
 def test_bound_products_are_found_while_somebody_holds_them() -> None:
-    bound = Bound(OPERATOR, [weight(0)], [96])
-    number, x = bound.number, torch.ones(1, 64)
-    torch.ops.aptq.bound(x, number, [96])
+    x = torch.ones(1, 64)
+    bound = Bound(OPERATOR, [weight(0)], x)
+    number = bound.number
+    torch.ops.aptq.bound(x, number, 96)
     del bound
     gc.collect()
     with pytest.raises(KeyError):
-        torch.ops.aptq.bound(x, number, [96])
+        torch.ops.aptq.bound(x, number, 96)
 
 
 def test_only_products_bind() -> None:

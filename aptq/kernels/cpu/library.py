@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -24,7 +25,6 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The kernels' numbers of the dtypes that they read and write."""
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
-_One = _POINTER * 1
 Reference = Any
 """To a structure, as ``ctypes.byref`` gives it; it keeps the structure."""
 
@@ -102,20 +102,20 @@ class Turn(NamedTuple):
         return _rotation(self.signs.data_ptr(), self.matrix.data_ptr(), self.matrix.shape[0])
 
 
-def _pointers(pointers: Sequence[Any]) -> Reference:
-    return (ctypes.POINTER(_Layer) * len(pointers))(*pointers)
+def _pointers(structs: Sequence[Any]) -> Reference:
+    return (ctypes.POINTER(type(structs[0])) * len(structs))(*map(ctypes.pointer, structs))
 
 
 # Structures are made once for all calls with the same addresses: that takes longer than a small product. They say
 # nothing but what they were made of, so one that is remembered beyond its tensors is never wrong.
 @lru_cache(maxsize=1 << 14)
 def _layer(*fields: int | None) -> Reference:
-    return _pointers([ctypes.pointer(_Layer(*fields))])
+    return _pointers([_Layer(*fields)])
 
 
 @lru_cache(maxsize=256)
 def _states(*fields: int | None) -> Reference:
-    return ctypes.byref(_States(*fields))
+    return _pointers([_States(*fields)])
 
 
 @lru_cache(maxsize=256)
@@ -144,15 +144,16 @@ class Library:
         except OSError as error:
             raise AptqError(f"the built kernels {path} cannot be loaded: {error}") from error
         self._multiply, self._dense = library.aptq_multiply, library.aptq_dense
-        self._multiply.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT]
+        output, inputs = [_POINTER, _INT], [_POINTER, _INT, _INT]  # with a stride; with rows and a type
+        self._multiply.argtypes = [_POINTER, _INT, _POINTER, *output, *inputs, _INT, _INT]
         self._dense.argtypes = [_POINTER, _POINTER, _INT, _INT, _POINTER, _INT, _INT, _INT]
         self._rotate = library.aptq_rotate
         self._rotate.argtypes = [_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT]
         self._trellis = library.aptq_trellis
         self._trellis.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT]
         self._states_multiply, self._many = library.aptq_trellis_multiply, library.aptq_many
-        self._states_multiply.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT]
-        self._many.argtypes = self._states_multiply.argtypes
+        self._states_multiply.argtypes = [_POINTER, _POINTER, _INT, _POINTER, *output, *inputs, _INT]
+        self._many.argtypes = [_POINTER, _POINTER, _POINTER, *output, *inputs, _INT]
         for function in (
             *(self._multiply, self._dense, self._rotate, self._trellis),
             *(self._states_multiply, self._many),
@@ -181,25 +182,46 @@ class Library:
         """
         y = x.new_empty((*x.shape[:-1], layer.scales.shape[1]))
         struct, rotation = layer.struct(), None if turn is None else turn.struct()
-        at = _One(y.data_ptr()), x.data_ptr(), x.numel() // layer.in_features, TYPES[x.dtype]
+        output, inputs = (y.data_ptr(), y.shape[-1]), (x.data_ptr(), x.numel() // layer.in_features, TYPES[x.dtype])
         threads = threads or torch.get_num_threads()
         if (states := layer.states_struct()) is not None:
-            self._states_multiply(struct[0], states, rotation, *at, threads)
+            self._states_multiply(struct, states, 1, rotation, *output, *inputs, threads)
         else:
-            self._multiply(struct, 1, rotation, *at, digits, threads)
+            self._multiply(struct, 1, rotation, *output, *inputs, digits, threads)
         return y
 
-    def multiply_several(
-        self, x: Tensor, layers: Sequence[Packed], digits: int, turn: Turn | None = None, threads: int | None = None
-    ) -> list[Tensor]:
-        """Return what ``multiply`` does for each of some weights that mean integers, in one call."""
-        ys = [x.new_empty((*x.shape[:-1], layer.scales.shape[1])) for layer in layers]
-        pointers = _pointers([layer.struct()[0] for layer in layers])
-        results = (_POINTER * len(layers))(*(y.data_ptr() for y in ys))
-        at = results, x.data_ptr(), x.numel() // layers[0].in_features, TYPES[x.dtype]
-        rotation = None if turn is None else turn.struct()
-        self._multiply(pointers, len(layers), rotation, *at, digits, threads or torch.get_num_threads())
-        return ys
+    def multiplier(
+        self,
+        layers: Sequence[Packed],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        digits: int,
+        turn: Turn | None = None,
+        threads: int | None = None,
+    ) -> Callable[[Tensor], Tensor]:
+        """Return ``multiply`` by some weights of one kind (integers, levels or states) in one call.
+
+        What can be done once for all calls is done here. The function takes contiguous ``x [*shape, in]`` of a dtype
+        and returns ``[*shape, out]`` with the outputs of the weights beside each other; it holds no reference to them.
+        """
+        weights = tuple(layer.struct()[0].contents for layer in layers)
+        states = [layer.states_struct() for layer in layers]
+        width, rotation = sum(layer.out_features for layer in layers), None if turn is None else turn.struct()
+        kernel = self._multiply
+        first: tuple[Any, ...] = (_pointers(weights), len(layers), rotation)
+        last: tuple[int, ...] = (math.prod(shape), TYPES[dtype], digits, threads or torch.get_num_threads())
+        if states[0] is not None:
+            kernel = self._states_multiply
+            first = first[0], _pointers([each[0].contents for each in states]), *first[1:]
+            last = last[0], last[1], last[3]
+        to = (*shape, width)
+
+        def multiply(x: Tensor) -> Tensor:
+            y = x.new_empty(to)
+            kernel(*first, y.data_ptr(), width, x.data_ptr(), *last)
+            return y
+
+        return multiply
 
     def many(self, x: Tensor, layer: Packed, turn: Turn | None = None, threads: int | None = None) -> Tensor:
         """Return what ``multiply`` does, from weights that are unpacked a few at a time: for many rows.
@@ -208,10 +230,10 @@ class Library:
         ``threads`` are as many as torch has now unless told.
         """
         y = x.new_empty((*x.shape[:-1], layer.scales.shape[1]))
-        rotation = None if turn is None else turn.struct()
-        at = x.data_ptr(), y.data_ptr(), x.numel() // layer.in_features, TYPES[x.dtype]
-        last = threads or torch.get_num_threads()
-        self._many(layer.struct()[0], layer.states_struct(), rotation, *at, last)
+        states, rotation = layer.states_struct(), None if turn is None else turn.struct()
+        output, inputs = (y.data_ptr(), y.shape[-1]), (x.data_ptr(), x.numel() // layer.in_features, TYPES[x.dtype])
+        threads = threads or torch.get_num_threads()
+        self._many(layer.struct()[0], states and states[0], rotation, *output, *inputs, threads)
         return y
 
     def rotate(self, x: Tensor, turn: Turn) -> Tensor:
@@ -245,7 +267,8 @@ class Library:
             room: ``[in, end - begin]`` with both rounded up to multiples of ``TILE``, contiguous, float32 or bfloat16.
         """
         to = begin, end, room.data_ptr(), room.shape[1], TYPES[room.dtype]
-        self._dense(layer.struct()[0], layer.states_struct(), *to, torch.get_num_threads())
+        states = layer.states_struct()
+        self._dense(layer.struct()[0], states and states[0], *to, torch.get_num_threads())
         return room[: layer.in_features, : end - begin]
 
 

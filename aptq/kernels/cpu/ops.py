@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aptq.errors import AptqError
 from aptq.kernels.cpu.library import TILE, Library, Packed, Turn, load_kernels
-from aptq.kernels.operators import Products, define_product
+from aptq.kernels.operators import Product, define_product
 from aptq.packing import UNIT
 
 _DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
@@ -144,46 +144,28 @@ def _product(weight: _Weight, x: Tensor, threads: int | None = None) -> Tensor:
     return _many_rows(weight, x, threads)
 
 
-def _products(weights: Sequence[_Weight], threads: int) -> Products:
-    """Return the products with some weights: in one call where they can, else one after the other."""
-    first = weights[0]
-    layers = [weight.packed for weight in weights]
-    most = min(weight.most for weight in weights) * first.packed.in_features
-    if len(weights) == 1 or any(_alone(each) or _shared(each) != _shared(first) for each in weights):
-        most = -1
-
-    def products(x: Tensor) -> list[Tensor]:
-        if x.numel() <= most:
-            return first.kernels.multiply_several(x.contiguous(), layers, first.digits, first.turn, threads)
-        return [_product(weight, x, threads) for weight in weights]
-
-    return products
-
-
-def _alone(weight: _Weight) -> bool:
-    """Return whether the kernels take no other weight with it."""
-    return weight.packed.levels is not None or weight.packed.states is not None
-
-
-def _shared(weight: _Weight) -> tuple[object, ...]:
+def _kind(weight: _Weight) -> tuple[object, ...]:
     """Return what weights have in common that are multiplied in one call."""
     turn = weight.turn and (weight.turn.signs.data_ptr(), weight.turn.matrix.data_ptr())
-    return weight.kernels, weight.digits, turn
+    return weight.kernels, weight.digits, turn, weight.packed.levels is None, weight.packed.states is None
 
 
-def _bound(make: Callable[..., _Weight], arguments: Sequence[tuple[Any, ...]]) -> Products:
-    """Return the products with some weights for inputs of any dtype, on as many threads as torch has now."""
-    made: dict[tuple[int, torch.dtype], Products] = {}
-    threads = torch.get_num_threads()
+def _bound(make: Callable[..., _Weight], arguments: Sequence[tuple[Any, ...]], like: Tensor) -> Product:
+    """Return the products with some weights for inputs like one, on as many threads as torch has now.
 
-    def products(x: Tensor) -> list[Tensor]:
-        run = made.get((x.shape[-1], x.dtype))
-        if run is None:
-            weights = [make(_width(x, each[0]), x.dtype, *each) for each in arguments]
-            run = made[x.shape[-1], x.dtype] = _products(weights, threads)
-        return run(x)
+    Few rows are multiplied in one call where all weights are of a kind, else by one weight after the other.
+    """
+    weights, threads = [make(_width(like, each[0]), like.dtype, *each) for each in arguments], torch.get_num_threads()
+    first, rows = weights[0], like.numel() // like.shape[-1]
+    if any(_kind(each) != _kind(first) or rows > each.most for each in weights):
+        return lambda x: torch.cat([_product(each, x, threads) for each in weights], -1)
+    packed, shape = [each.packed for each in weights], like.shape[:-1]
+    multiply = first.kernels.multiplier(packed, shape, like.dtype, first.digits, first.turn, threads)
 
-    return products
+    def product(x: Tensor) -> Tensor:
+        return multiply(x.contiguous())
+
+    return product
 
 
 def _width(x: Tensor, qweight: Tensor) -> int:

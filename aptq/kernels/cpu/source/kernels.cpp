@@ -49,11 +49,21 @@ static int64_t many_slabs(int64_t rows, int64_t tiles, int64_t threads) {
     return std::clamp(wanted, ceil_div(rows, MOST_SLAB), ceil_div(rows, LEAST_SLAB));
 }
 
-static void write_output(const float* sums, int64_t stride, int64_t rows, Range range, void* y, int64_t type, int64_t n) {
-    int64_t count = range.end - range.begin;
+// Where results go: rows `stride` apart.
+struct Output {
+    void* rows;
+    int64_t type, stride;
+    Output from(int64_t row, int64_t column) const {
+        return {(char*)rows + (row * stride + column) * size_of(type), type, stride};
+    }
+};
+
+static void write_output(const float* sums, int64_t width, int64_t rows, int64_t count, const Output& output) {
+    int64_t type = output.type;
+    void* y = output.rows;
     for (int64_t m = 0; m < rows; m++) {
-        const float* from = sums + m * stride;
-        int64_t to = m * n + range.begin, at = 0;
+        const float* from = sums + m * width;
+        int64_t to = m * output.stride, at = 0;
         for (; at + LANES <= count; at += LANES) store_floats(y, type, to + at, load<Floats>(from + at));
         for (; at < count; at++) {
             alignas(64) char room[LANES * 4];
@@ -70,23 +80,22 @@ static void by_bits(int64_t bits, Run&& run) {
     });
 }
 
-// Products that read the same rows: layers of equal inputs, and where the results go.
+// Layers that read the same rows; their results lie beside each other.
 struct Several {
     const Layer* const* layers;
-    void* const* results;
     int64_t count;
 };
 
 // Call `work(index, range, sums, stride)` for strips of each layer's outputs, and write what it adds up; `time` is that of so
 // many products.
 template <class Work>
-static void in_strips(const Several& several, int64_t rows, int64_t type, int64_t threads,
+static void in_strips(const Several& several, int64_t rows, const Output& output, int64_t threads,
                       int64_t time(int64_t products), const Work& work) {
     struct Strips {
-        int64_t first, width;
+        int64_t first, width, column;
     };
     std::vector<Strips> strips(several.count);
-    int64_t parts = 0, products = 0;
+    int64_t parts = 0, products = 0, columns = 0;
     for (int64_t index = 0; index < several.count; index++) {
         const Layer& layer = *several.layers[index];
         int64_t tiles = ceil_div(layer.outputs, TILE);
@@ -94,8 +103,9 @@ static void in_strips(const Several& several, int64_t rows, int64_t type, int64_
         int64_t each = std::clamp(tiles * TILE / (LEAST_STRIP * threads), (int64_t)1, most);
         int64_t strip = rows <= FEW_ROWS ? STRIP : STRIP_OF_MANY;
         int64_t wanted = std::max(each * threads, ceil_div(tiles * TILE, strip));  // as many for each thread
-        strips[index] = {parts, ceil_div(tiles, wanted) * TILE};
+        strips[index] = {parts, ceil_div(tiles, wanted) * TILE, columns};
         parts += ceil_div(layer.outputs, strips[index].width);
+        columns += layer.outputs;
         products += rows * layer.inputs * layer.outputs;
     }
     in_parallel(parts, threads, time(products), [&](int64_t part) {
@@ -107,7 +117,7 @@ static void in_strips(const Several& several, int64_t rows, int64_t type, int64_
         Buffer<float> sums(rows * width);
         std::memset(sums.data, 0, rows * width * 4);
         work(index, range, sums.data, width);
-        write_output(sums.data, width, rows, range, several.results[index], type, layer.outputs);
+        write_output(sums.data, width, rows, range.end - begin, output.from(0, strips[index].column + begin));
     });
 }
 
@@ -135,11 +145,16 @@ struct DigitRows {
 };
 
 template <int D>
-static void integers(const Several& several, const void* x, int64_t rows, int64_t type, int64_t threads) {
-    std::vector<std::unique_ptr<DigitRows<D>>> digits;  // their order is that of a layer's codes
-    for (int64_t index = 0; index < several.count; index++)
-        digits.emplace_back(new DigitRows<D>(*several.layers[index], x, rows, type, threads));
-    in_strips(several, rows, type, threads, integers_time, [&](int64_t index, Range range, float* to, int64_t stride) {
+static void integers(const Several& several, const void* x, int64_t rows, const Output& output, int64_t threads) {
+    std::vector<std::shared_ptr<DigitRows<D>>> digits;  // their order is that of a layer's codes
+    for (int64_t index = 0; index < several.count; index++) {
+        const Layer &layer = *several.layers[index], &before = *several.layers[std::max(index - 1, (int64_t)0)];
+        bool same = primary(layer.bits) == primary(before.bits) && layer.group == before.group &&
+                    chunk_of(layer) == chunk_of(before);
+        if (index > 0 && same) digits.push_back(digits.back());
+        else digits.emplace_back(new DigitRows<D>(layer, x, rows, output.type, threads));
+    }
+    in_strips(several, rows, output, threads, integers_time, [&](int64_t index, Range range, float* to, int64_t stride) {
         const Layer& layer = *several.layers[index];
         by_bits(layer.bits, [&](auto bits) {
             multiply_range<bits.value, D>(layer, digits[index]->digits, rows, range, to, stride);
@@ -201,7 +216,7 @@ static void with_weights(const Layer& layer, const States* states, const Use& us
 
 // As aptq_many, with rows and weights made of NUMBERS (many.h).
 template <class Numbers>
-static void many(const Layer& layer, const States* states, const void* x, void* y, int64_t rows, int64_t type,
+static void many(const Layer& layer, const States* states, const void* x, int64_t rows, const Output& output,
                  int64_t threads) {
     typedef typename Numbers::Element Element;
     constexpr int64_t steps = block_steps<Numbers>();
@@ -215,7 +230,7 @@ static void many(const Layer& layer, const States* states, const void* x, void* 
                 for (int64_t i = 0, unit = block * BLOCK_UNITS; i < BLOCK_UNITS && unit < units; i++, unit++) {
                     int64_t count = std::min(layer.inputs - unit * UNIT, (int64_t)UNIT);
                     Element* to = inputs.data + block * stride + row * steps + i * Numbers::STEPS;
-                    Numbers::template read<bits.value>(x, type, row * layer.inputs + unit * UNIT, count, to);
+                    Numbers::template read<bits.value>(x, output.type, row * layer.inputs + unit * UNIT, count, to);
                 }
         });
         in_parallel(tiles * slabs, threads, many_time(rows * layer.inputs * layer.outputs), [&](int64_t part) {
@@ -232,16 +247,15 @@ static void many(const Layer& layer, const States* states, const void* x, void* 
             };
             multiply_many<Numbers>(layer, inputs.data + row * steps, stride, count, outputs.end - outputs.begin,
                                    held.data, sums.data, unpack);
-            char* to = (char*)y + row * layer.outputs * size_of(type);
-            write_output(sums.data, WIDE, count, outputs, to, type, layer.outputs);
+            write_output(sums.data, WIDE, count, outputs.end - outputs.begin, output.from(row, outputs.begin));
         });
     });
 }
 
-static void levels(const Several& several, const void* x, int64_t rows, int64_t type, int64_t threads) {
-    const Layer& layer = *several.layers[0];
-    FloatRows floats(layer, x, rows, type);
-    in_strips(several, rows, type, threads, levels_time, [&](int64_t, Range range, float* to, int64_t stride) {
+static void levels(const Several& several, const void* x, int64_t rows, const Output& output, int64_t threads) {
+    FloatRows floats(*several.layers[0], x, rows, output.type);
+    in_strips(several, rows, output, threads, levels_time, [&](int64_t index, Range range, float* to, int64_t stride) {
+        const Layer& layer = *several.layers[index];
         by_bits<4>(layer.bits, [&](auto bits) {
             if constexpr (bits.value >= 2)
                 multiply_levels_range<bits.value>(layer, floats.values.data, floats.width, rows, range, to, stride);
@@ -295,54 +309,55 @@ void aptq_trellis(const float* values, const float* scales, const float* table, 
     });
 }
 
-// As aptq_multiply, of one layer, for values of states; codes have up to 6 bits, states up to 12.
-void aptq_trellis_multiply(const Layer* layer, const States* states, const Rotation* rotation, void* const* results,
-                           const void* x, int64_t rows, int64_t type, int64_t threads) {
-    Inputs inputs(rotation, *layer, x, rows, type, threads);
-    FloatRows floats(*layer, inputs.rows, rows, type);
-    in_strips({&layer, results, 1}, rows, type, threads, states_time, [&](int64_t, Range range, float* to, int64_t stride) {
-        by_bits<6>(layer->bits, [&](auto bits) {
-            auto run = states->computed ? multiply_states_range<bits.value, true> : multiply_states_range<bits.value, false>;
-            run(*layer, *states, floats.values.data, floats.width, rows, range, to, stride);
-        });
-    });
-}
-
-// results[i] [rows, outputs of i] = x [rows, inputs] W_i^T, all of `type`, with x rotated first unless `rotation` is null;
-// digits: bytes that an activation becomes, 1 to 3. Layers of levels come alone.
-void aptq_multiply(const Layer* const* layers, int64_t count, const Rotation* rotation, void* const* results, const void* x,
-                   int64_t rows, int64_t type, int64_t digits, int64_t threads) {
+// y [rows, stride] = x [rows, inputs] W_i^T beside each other for `count` layers of one kind, all of `type`, with x rotated
+// first unless `rotation` is null; digits: bytes that an activation becomes where codes are integers, 1 to 3.
+void aptq_multiply(const Layer* const* layers, int64_t count, const Rotation* rotation, void* y, int64_t stride,
+                   const void* x, int64_t rows, int64_t type, int64_t digits, int64_t threads) {
     Inputs inputs(rotation, *layers[0], x, rows, type, threads);
     for (int64_t first = 0; first < rows; first += SLAB) {
-        std::vector<void*> to;
-        for (int64_t index = 0; index < count; index++)
-            to.push_back((char*)results[index] + first * layers[index]->outputs * size_of(type));
-        Several several{layers, to.data(), count};
+        Several several{layers, count};
+        Output output = Output{y, type, stride}.from(first, 0);
         const void* from = (const char*)inputs.rows + first * layers[0]->inputs * size_of(type);
         int64_t some = std::min(rows - first, SLAB);
-        if (layers[0]->levels) levels(several, from, some, type, threads);
-        else if (digits == 1) integers<1>(several, from, some, type, threads);
-        else if (digits == 2) integers<2>(several, from, some, type, threads);
-        else integers<3>(several, from, some, type, threads);
+        if (layers[0]->levels) levels(several, from, some, output, threads);
+        else if (digits == 1) integers<1>(several, from, some, output, threads);
+        else if (digits == 2) integers<2>(several, from, some, output, threads);
+        else integers<3>(several, from, some, output, threads);
     }
 }
 
-// As aptq_multiply, for codes of any kind; `states` is null where codes stand for something themselves.
-void aptq_many(const Layer* layer, const States* states, const Rotation* rotation, const void* x, void* y, int64_t rows,
-               int64_t type, int64_t threads) {
+// As aptq_multiply, for values of states; codes have up to 6 bits, states up to 12.
+void aptq_trellis_multiply(const Layer* const* layers, const States* const* states, int64_t count,
+                           const Rotation* rotation, void* y, int64_t stride, const void* x, int64_t rows, int64_t type,
+                           int64_t threads) {
+    Inputs inputs(rotation, *layers[0], x, rows, type, threads);
+    FloatRows floats(*layers[0], inputs.rows, rows, type);
+    auto work = [&](int64_t index, Range range, float* to, int64_t width) {
+        const Layer& layer = *layers[index];
+        const States& mine = *states[index];
+        by_bits<6>(layer.bits, [&](auto bits) {
+            auto run = mine.computed ? multiply_states_range<bits.value, true> : multiply_states_range<bits.value, false>;
+            run(layer, mine, floats.values.data, floats.width, rows, range, to, width);
+        });
+    };
+    in_strips({layers, count}, rows, {y, type, stride}, threads, states_time, work);
+}
+
+// As aptq_multiply, of one layer, for codes of any kind; `states` is null where codes stand for something themselves.
+void aptq_many(const Layer* layer, const States* states, const Rotation* rotation, void* y, int64_t stride, const void* x,
+               int64_t rows, int64_t type, int64_t threads) {
     Inputs inputs(rotation, *layer, x, rows, type, threads);
-    int64_t size = size_of(type);
     for (int64_t first = 0; first < rows; first += MOST_MANY) {
-        const char* from = (const char*)inputs.rows + first * layer->inputs * size;
-        char* to = (char*)y + first * layer->outputs * size;
+        const char* from = (const char*)inputs.rows + first * layer->inputs * size_of(type);
+        Output output = Output{y, type, stride}.from(first, 0);
         int64_t count = std::min(rows - first, MOST_MANY);
 #ifdef APTQ_PAIR_DOT
         if (type == BFLOAT16) {
-            many<Pair>(*layer, states, from, to, count, type, threads);
+            many<Pair>(*layer, states, from, count, output, threads);
             continue;
         }
 #endif
-        many<Single>(*layer, states, from, to, count, type, threads);
+        many<Single>(*layer, states, from, count, output, threads);
     }
 }
 

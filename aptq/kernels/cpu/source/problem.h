@@ -25,16 +25,19 @@ static inline int64_t ceil_div(int64_t left, int64_t right) { return (left + rig
 struct Chunk {
     int64_t unit, units, group;
 };
+// Inputs of a chunk where its group has as many. No more than 16 rows of words: in wide layers, whose rows often are a
+// multiple of 4096 bytes apart, a cache has few places for what lies in one column.
+static inline int64_t chunk_of(const Layer& layer) { return layer.bits > 4 ? CHUNK / 2 : CHUNK; }
 // Chunks are counted through all groups, each of which has the same number but for the last.
-static inline int64_t chunks_per_group(const Layer& layer) { return ceil_div(layer.group, CHUNK); }
+static inline int64_t chunks_per_group(const Layer& layer) { return ceil_div(layer.group, chunk_of(layer)); }
 static inline int64_t chunks_of(const Layer& layer) {
     int64_t whole = layer.inputs / layer.group, rest = layer.inputs % layer.group;
-    return whole * chunks_per_group(layer) + ceil_div(rest, CHUNK);
+    return whole * chunks_per_group(layer) + ceil_div(rest, chunk_of(layer));
 }
 static inline Chunk chunk_at(const Layer& layer, int64_t index) {
-    int64_t group = index / chunks_per_group(layer), inside = index % chunks_per_group(layer) * CHUNK;
+    int64_t group = index / chunks_per_group(layer), inside = index % chunks_per_group(layer) * chunk_of(layer);
     int64_t first = group * layer.group + inside;
-    int64_t end = first + CHUNK;
+    int64_t end = first + chunk_of(layer);
     if (end > (group + 1) * layer.group) end = (group + 1) * layer.group;
     if (end > layer.inputs) end = layer.inputs;
     return {first / UNIT, ceil_div(end - first, UNIT), group};
@@ -43,7 +46,8 @@ static inline Chunk chunk_at(const Layer& layer, int64_t index) {
 static inline Chunk chunk_from(const Layer& layer, int64_t unit, int64_t end) {
     int64_t group = unit * UNIT / layer.group, stop = (group + 1) * layer.group / UNIT;
     if (stop > end) stop = end;
-    return {unit, stop - unit < CHUNK / UNIT ? stop - unit : CHUNK / UNIT, group};
+    int64_t most = chunk_of(layer) / UNIT;
+    return {unit, stop - unit < most ? stop - unit : most, group};
 }
 
 // Outputs, or units, from begin to end.
