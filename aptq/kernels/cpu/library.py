@@ -144,7 +144,7 @@ class Library:
         except OSError as error:
             raise AptqError(f"the built kernels {path} cannot be loaded: {error}") from error
         self._multiply, self._dense = library.aptq_multiply, library.aptq_dense
-        output, inputs = [_POINTER, _INT], [_POINTER, _INT, _INT]  # with a stride; with rows and a type
+        output, inputs = (_POINTER, _INT), (_POINTER, _INT, _INT)  # with a stride; with rows and a type
         self._multiply.argtypes = [_POINTER, _INT, _POINTER, *output, *inputs, _INT, _INT]
         self._dense.argtypes = [_POINTER, _POINTER, _INT, _INT, _POINTER, _INT, _INT, _INT]
         self._rotate = library.aptq_rotate
@@ -212,7 +212,7 @@ class Library:
         last: tuple[int, ...] = (math.prod(shape), TYPES[dtype], digits, threads or torch.get_num_threads())
         if states[0] is not None:
             kernel = self._states_multiply
-            first = first[0], _pointers([each[0].contents for each in states]), *first[1:]
+            first = first[0], _pointers([each[0].contents for each in states if each is not None]), *first[1:]
             last = last[0], last[1], last[3]
         to = (*shape, width)
 
