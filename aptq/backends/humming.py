@@ -83,7 +83,8 @@ class Humming:
         Raises:
             AptqError: a product is not that of the layer's weights.
         """
-        read = import_module("humming.transform").transform_humming_tensors(_config(spec), unordered(tensors, spec))
+        transform = _modules()["transform"].transform_humming_tensors
+        read: dict[str, Tensor] = transform(_config(spec), unordered(tensors, spec))
         read["locks"] = torch.zeros(_LOCKS, dtype=torch.int32, device=spec.device)
         stored = spec.format.dequantize(spec.format.unpack(tensors, spec.option, _shape(spec)), spec.option)
         x = torch.randn(3, spec.in_features, generator=torch.Generator().manual_seed(0)).to(spec.device, spec.dtype)
@@ -92,8 +93,8 @@ class Humming:
         if not error <= _ERROR:
             layer = f"a layer {list(_shape(spec))} of {spec.option.bits} bits"
             raise AptqError(
-                f"humming multiplies {layer} wrongly, by {error:.1%} of the product's norm; load the model with another "
-                "backend, and please report it."
+                f"humming multiplies {layer} wrongly, by {error:.1%} of the product's norm; load the model with "
+                "another backend, and please report it."
             )
         return read
 
