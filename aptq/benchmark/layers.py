@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from aptq.api import Backend, Format, LayerSpec, Option
+from aptq.large_pages import LargePages
 
 ROTATED = 128 << 20
 """Bytes of weights that are read before one is read again: more than caches hold, as in a model's forward pass."""
@@ -68,7 +69,7 @@ def packed_calls(backend: Backend, weight: Weight, x: Tensor) -> list[Callable[[
 
     first = backend.prepack(weight.packed, spec)
     size = max(1, sum(tensor.nbytes for tensor in first.values()))
-    return [call({name: tensor.clone() for name, tensor in first.items()}) for _ in range(_copies(size))]
+    return [call(copy) for copy in _copied(first, _copies(size))]
 
 
 def dense_calls(weight: Weight, x: Tensor) -> list[Callable[[], Tensor]]:
@@ -78,7 +79,15 @@ def dense_calls(weight: Weight, x: Tensor) -> list[Callable[[], Tensor]]:
     def call(dense: Tensor) -> Callable[[], Tensor]:
         return lambda: functional.linear(x, dense)
 
-    return [call(first.clone()) for _ in range(_copies(first.nbytes))]
+    return [call(copy["dense"]) for copy in _copied({"dense": first}, _copies(first.nbytes))]
+
+
+def _copied(tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """Return copies; on the CPU in the memory that packed weights of a loaded model have, dense ones as well."""
+    if any(tensor.device.type != "cpu" for tensor in tensors.values()):
+        return [{name: tensor.clone() for name, tensor in tensors.items()} for _ in range(count)]
+    memory = LargePages(tensor.nbytes for _ in range(count) for tensor in tensors.values())
+    return [{name: memory.copy(tensor) for name, tensor in tensors.items()} for _ in range(count)]
 
 
 def _copies(num_bytes: int) -> int:
