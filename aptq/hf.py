@@ -86,7 +86,7 @@ class AptqHfQuantizer(HfQuantizer):
         backends, refusals = installed_backends()
         for name, reason in refusals.items():
             _log.warning("backend %s cannot be used: %s", name, reason)
-        _settle([module for module in model.modules() if isinstance(module, PackedModule)])
+        _settle(model)
         for module in model.modules():
             # On meta there is nothing to multiply with yet.
             if isinstance(module, PackedLinear) and not any(each.is_meta for each in module.packed().values()):
@@ -132,13 +132,21 @@ def load(
     return model
 
 
-def _settle(modules: Sequence[PackedModule]) -> None:
-    """Move packed tensors that stay on the CPU from the mapped file to memory that is faster to read, one by one."""
-    own = [module for module in modules if module.holder is module and module.device.type == "cpu"]
-    memory = LargePages(tensor.nbytes for module in own for tensor in module.packed().values())
-    for module in own:
-        for name, tensor in module.packed().items():
-            setattr(module, name, memory.copy(tensor))
+def _settle(model: nn.Module) -> None:
+    """Move what is on the CPU from the mapped file to memory that is faster to read.
+
+    All of it: while a tensor is left in the file, its pages are resident, too.
+    """
+    tensors = {id(each): each for each in (*model.parameters(), *model.buffers()) if each.device.type == "cpu"}
+    memory = LargePages(tensor.nbytes for tensor in tensors.values())
+    copies = {key: memory.copy(tensor.data) for key, tensor in tensors.items()}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if id(parameter) in copies:
+                parameter.data = copies[id(parameter)]  # type: ignore[union-attr]  # None is not among them
+        for name, buffer in module._buffers.items():
+            if id(buffer) in copies:  # another tensor: it is a view, and holds what it is a view of
+                module._buffers[name] = copies[id(buffer)]
 
 
 def _resolve(model: PreTrainedModel, options: Mapping[str, Option]) -> dict[str, Option]:

@@ -256,6 +256,16 @@ def test_saving_a_loaded_model_writes_the_checkpoint_again(
     torch.testing.assert_close(logits(aptq.hf.load(tmp_path)), source.logits, rtol=1e-5, atol=1e-5)
 
 
+def test_a_loaded_model_leaves_the_file(exported: Callable[..., Exported]) -> None:
+    """Its tensors lie in memory of their own, so that pages of the file do not count twice."""
+    model = aptq.hf.load(exported().folder)
+    places = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    assert len(places) == 1
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(exported().folder) not in maps.read_text()
+
+
 def test_a_loaded_model_can_be_copied_and_cast(exported: Callable[..., Exported], tmp_path: Path) -> None:
     model = copy.deepcopy(aptq.hf.load(exported().folder)).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
