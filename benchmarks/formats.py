@@ -73,6 +73,9 @@ FORMATS = {
     ),
     "trellis (QTIP, EXL3)": Family(words=["format=trellis"], bits=range(1, 7), ranges=None),
     "vector codebooks (VPTQ)": Family(words=["format=vector"], bits=(1, 2, 3, 4), ranges=None),
+    "vector codebooks, fitted to codes (VPTQ)": Family(
+        words=["format=vector", "format.finetune=2"], bits=(1, 2, 3, 4), ranges=None
+    ),
     "block codebooks (LO-BCQ)": Family(words=["format=block_clustered"], bits=(4,), ranges=None),
     "NVFP4": Family(words=["format=nvfp4", "format.clip_steps=8"], bits=(4,), ranges=None),
     "MXFP4": Family(words=["format=mxfp4", "format.clip_steps=8"], bits=(4,), ranges=None),
@@ -88,6 +91,7 @@ _ROTATED = (
     "binary (BiLLM)",
     "trellis (QTIP, EXL3)",
     "vector codebooks (VPTQ)",
+    "vector codebooks, fitted to codes (VPTQ)",
     "block codebooks (LO-BCQ)",
     "NVFP4",
     "MXFP4",

@@ -84,6 +84,7 @@ from aptq.api.rounding import (
     Rounded,
     RowFormat,
     TransformFormat,
+    TunedGrid,
     format_of,
 )
 from aptq.api.transforms import (
@@ -157,6 +158,7 @@ __all__ = [
     "TransformBackend",
     "TransformExporter",
     "TransformFormat",
+    "TunedGrid",
     "format_of",
     "judges_texts",
     "transforms_inputs",

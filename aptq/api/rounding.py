@@ -77,6 +77,20 @@ class RefitGrid(Grid, Protocol):
 
 
 @runtime_checkable
+class TunedGrid(Grid, Protocol):
+    """A grid whose parameters are fitted once more when all codes are chosen, and stay."""
+
+    def tuned(self, codes: Tensor, target: Tensor, hessian: Tensor) -> Grid:
+        """Return a grid on which the same codes lose no more: of ``sum_h tr((T - V)^T H (T - V))``.
+
+        Args:
+            codes: ``[heads, in, rows]`` as ``round`` gave them, in the order of this grid's columns, and so the others.
+            target: ``T [heads, in, rows]``, the weight.
+            hessian: ``H [heads, in, in]``, positive definite.
+        """
+
+
+@runtime_checkable
 class Format(Protocol):
     """What a code means. Options such as symmetry are fields; bits and group size come with the ``Option``."""
 

@@ -30,7 +30,8 @@ class Vector:
 
     Codebooks are fitted by k-means (``iterations``, ``tolerance``, ``samples`` vectors a centroid, ``seed``), a
     vector's weight being the importance of its column; then up to ``refits`` times to the columns that the quantizer's
-    error feedback made of the weights. ``beam`` centroids are tried with the residual ones for each vector.
+    error feedback made of the weights; and in ``finetune`` rounds, scales too, to the objective itself once codes are
+    chosen. ``beam`` centroids are tried with the residual ones for each vector.
 
     Source: Liu et al., "VPTQ" (EMNLP 2024, arXiv 2409.17066).
     """
@@ -49,6 +50,7 @@ class Vector:
     samples: int = 256
     seed: int = 0
     refits: int = 2
+    finetune: int = 0
     beam: int = 16
 
     def __post_init__(self) -> None:
@@ -59,7 +61,7 @@ class Vector:
         check_group(Option(bits=2, group_size=self.group_size))
         if not 0.0 <= self.outliers < 1.0:
             raise AptqError(f"format.outliers={self.outliers} is not allowed; use a share of inputs from 0 to below 1.")
-        least = {"iterations": 1, "samples": 1, "refits": 0, "beam": 1}
+        least = {"iterations": 1, "samples": 1, "refits": 0, "finetune": 0, "beam": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise AptqError(f"format.{name}={getattr(self, name)} is not allowed; use {low} or more.")
@@ -125,6 +127,7 @@ class Vector:
             dtype=FLOATS[self.scale_dtype],
             means=KMeans(self.iterations, self.tolerance, self.samples, self.seed),
             refits=self.refits,
+            finetune=self.finetune,
         )
         specs = [spec] * option.num_groups(width - len(outliers))
         return grid.fitted(columns, [*specs, *self._finer(width)], self.beam)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ from aptq.api import QuantizedWeight
 from aptq.formats.codebooks import Codebook, Spec, fitted
 from aptq.formats.grouped import by_output
 from aptq.formats.kmeans import KMeans
+from aptq.formats.vector_tuning import Lookup, Tuned, tune
 
 SCALES = {
     "none": (),
@@ -44,6 +46,7 @@ class VectorGrid:
     dtype: torch.dtype  # of what is stored
     means: KMeans
     refits: int  # how often the codebooks may still be fitted anew
+    finetune: int  # rounds in which all is fitted to the chosen codes
 
     def permuted(self, order: Tensor) -> VectorGrid:
         """Return the grid with position ``j`` of head ``h`` being this grid's column ``order[h, j]``."""
@@ -94,6 +97,36 @@ class VectorGrid:
         parts = zip(self._vectors(columns, [book.main.shape[1] for book in self.books]), self.books, strict=True)
         books = [book.refined(vectors, weights, self.means) for (vectors, weights), book in parts]
         return replace(self, books=tuple(book.stored(self.dtype) for book in books), refits=self.refits - 1)
+
+    def tuned(self, codes: Tensor, target: Tensor, hessian: Tensor) -> VectorGrid:
+        """Return the grid with codebooks and scales fitted to the codes; see ``aptq.api.TunedGrid``.
+
+        They are rounded to what is stored, which may lose more than was won: then it is this grid.
+        """
+        if not self.finetune:
+            return self
+        lookup = Lookup.of(self.books, self.book, codes, self.length)
+        begin = self._as_tuned()
+        found = tune(begin, lookup, target.float(), hessian, self.length, self.finetune, SCALES[self.normalize])
+        parts = iter(lookup.split(found.flat))
+        books = tuple(
+            Codebook(next(parts), None if book.residual is None else next(parts), book.beam).stored(self.dtype)
+            for book in self.books
+        )
+        scales = [scale.to(self.dtype).float() for scale in (found.columns, found.vectors)]
+        grid = replace(self, books=books, column_scale=scales[0], row_scale=scales[1], finetune=0)
+        return min((self, grid), key=lambda each: each._loss(codes, target, hessian))
+
+    def _loss(self, codes: Tensor, target: Tensor, hessian: Tensor) -> float:
+        """Return ``sum_h tr((T - V)^T H (T - V))``; infinity where scales are not finite."""
+        values = self._as_tuned().values(Lookup.of(self.books, self.book, codes, self.length), self.length)
+        left = target.float() - values[..., : self.rows]
+        loss = (left * (hessian @ left)).sum(dtype=torch.float64).item()
+        return loss if math.isfinite(loss) else math.inf
+
+    def _as_tuned(self) -> Tuned:
+        tables = [table.flatten() for book in self.books for table in (book.main, book.residual) if table is not None]
+        return Tuned(torch.cat(tables), self.column_scale, self.row_scale)
 
     def _vectors(self, columns: Tensor, lengths: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield for each codebook its vectors ``[n, length]``, scaled, and what an error in them costs ``[n]``."""

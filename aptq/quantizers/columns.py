@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aptq.api import AptqError, Curvature, Format, Grid, Option, QuantizedWeight, RefitGrid, Rounded
+from aptq.api import AptqError, Curvature, Format, Grid, Option, RefitGrid, Rounded, TunedGrid
 
 _SMALL = 256  # triangular matrices up to this size are inverted by substitution
 
@@ -133,7 +133,7 @@ def round_weight(
 
     The grid is fitted to ``weight`` beforehand and in the natural order of columns, so that what is stored knows
     nothing of the order. A grid that learns from a run (``aptq.api.RefitGrid``) gets more of them. ``refine`` passes of
-    ``refine_columns`` follow.
+    ``refine_columns`` follow, and then a grid may fit its parameters to the codes (``aptq.api.TunedGrid``).
     """
     by_head = weight.float().reshape(factors.order.shape[0], -1, weight.shape[-1])
     target = by_head.transpose(1, 2).contiguous()  # [heads, in, rows]
@@ -142,21 +142,25 @@ def round_weight(
     while isinstance(run.grid, RefitGrid) and (refitted := run.grid.refit(run.met)) is not None:
         run = _run(target, factors, refitted, block_size, pull)
         best = run if run.objective < best.objective else best
-    if not refine:
-        return Rounded(weight=best.weight, grid=best.grid)
-    values = format.dequantize(best.weight, option).reshape(by_head.shape).transpose(1, 2).contiguous()
-    damped = factors.hessian + torch.diag_embed(factors.ridge)
-    codes = refine_columns(values, target, damped, best.grid, block_size, refine)
-    return Rounded(weight=best.grid.finish(codes), grid=best.grid)
+    codes, grid = best.codes, best.grid
+    if refine or isinstance(grid, TunedGrid):
+        damped = factors.hessian + torch.diag_embed(factors.ridge)
+    if refine:
+        rounded = format.dequantize(grid.finish(codes), option)
+        values = rounded.reshape(by_head.shape).transpose(1, 2).contiguous()
+        codes = refine_columns(values, target, damped, grid, block_size, refine)
+    if isinstance(grid, TunedGrid):
+        grid = grid.tuned(codes, target, damped)
+    return Rounded(weight=grid.finish(codes), grid=grid)
 
 
 @dataclass(frozen=True, eq=False)
 class _Run:
     """What one run of the rounding loop came to."""
 
-    weight: QuantizedWeight
-    grid: Grid  # columns in their natural order
-    met: Tensor  # [heads, in, rows], in natural order: what was rounded
+    codes: Tensor  # [heads, in, rows], in natural order, as all here
+    grid: Grid
+    met: Tensor  # [heads, in, rows]: what was rounded
     objective: float  # of the loop: the sum of (e_j / U_jj)^2
 
 
@@ -169,11 +173,16 @@ def _run(target: Tensor, factors: Feedback, grid: Grid, block_size: int, pull: f
     ordered = grid.permuted(factors.order)
     codes = round_columns(columns, factors.feedback, ordered, block_size, pull, met if learns else None)
     if not learns:
-        return _Run(ordered.finish(codes), grid, met, 0.0)
-    natural = torch.empty_like(met)
-    natural[head, factors.order] = met
+        return _Run(_natural(codes, factors.order), grid, met, 0.0)
     objective = (columns / factors.diagonal[:, :, None]).square().sum(dtype=torch.float64).item()
-    return _Run(ordered.finish(codes), grid, natural, objective)
+    return _Run(_natural(codes, factors.order), grid, _natural(met, factors.order), objective)
+
+
+def _natural(columns: Tensor, order: Tensor) -> Tensor:
+    """Return ``columns [heads, in, ...]``, which are in ``order [heads, in]``, in their own."""
+    natural = torch.empty_like(columns)
+    natural[torch.arange(len(columns), device=columns.device)[:, None], order] = columns
+    return natural
 
 
 def round_columns(
