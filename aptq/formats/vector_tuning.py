@@ -129,7 +129,8 @@ def _vector_scales(state: Tuned, bare: Tensor, wanted: Tensor, hessian: Tensor, 
     values = bare * state.columns[:, None]
 
     def over(products: Tensor) -> Tensor:
-        return products.sum(1).unflatten(-1, (-1, length)).sum(-1)
+        summed: Tensor = products.sum(1).unflatten(-1, (-1, length)).sum(-1)
+        return summed
 
     below = over(values * (hessian @ values))
     return torch.where(below > 0, over(values * wanted) / below, state.vectors)
@@ -142,7 +143,7 @@ def _column_scales(state: Tuned, bare: Tensor, wanted: Tensor, hessian: Tensor, 
     right = (values * wanted).sum((0, 2)).double()
     # Columns without weight keep the scale that they have.
     ridge = 1e-7 * matrix.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    solved = torch.linalg.solve(
+    solved: Tensor = torch.linalg.solve(
         matrix + ridge * torch.eye(len(right), device=right.device, dtype=right.dtype),
         right + ridge * state.columns.double(),
     )
