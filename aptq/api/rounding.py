@@ -80,6 +80,10 @@ class RefitGrid(Grid, Protocol):
 class TunedGrid(Grid, Protocol):
     """A grid whose parameters are fitted once more when all codes are chosen, and stay."""
 
+    @property
+    def tunes(self) -> bool:
+        """Whether it is to be asked at all."""
+
     def tuned(self, codes: Tensor, target: Tensor, hessian: Tensor) -> Grid:
         """Return a grid on which the same codes lose no more: of ``sum_h tr((T - V)^T H (T - V))``.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -14,8 +14,7 @@ from torch import Tensor
 
 from aptq import packing
 from aptq.api import AptqError, LayerSpec
-from aptq.backends.planar import refuses_dtype, refuses_groups, unreadable
-from aptq.meaning import Integers, meaning_of
+from aptq.backends.planar import refuses_dtype, refuses_groups, refuses_levels
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _CAPABILITY = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}  # of the oldest GPUs that it is written for
@@ -68,10 +67,8 @@ class Humming:
             return reason
         if not 2 <= spec.option.bits <= 8:
             return f"it takes codes of 2 to 8 bits, not {spec.option.bits}"
-        if (reason := unreadable(spec)) is not None:
+        if (reason := refuses_levels(spec)) is not None:
             return reason
-        if not isinstance(meaning_of(spec.format, spec.option), Integers):
-            return f"it takes integers, not the levels of format {spec.format_name}"
         if spec.out_features % _MULTIPLE or spec.in_features % _MULTIPLE:
             shape = f"{spec.out_features} outputs of {spec.in_features} inputs"
             return f"it takes multiples of {_MULTIPLE} outputs and inputs, not {shape}"
@@ -102,7 +99,7 @@ class Humming:
         """Return ``x @ W^T`` for ``x [..., in]``, as ``[..., out]`` in the dtype of ``x``."""
         if x.numel() == 0:
             return x.new_empty(*x.shape[:-1], spec.out_features)
-        y: Tensor = import_module("humming.forward").humming_forward(
+        y: Tensor = _modules()["forward"].humming_forward(
             _config(spec),
             x.reshape(-1, spec.in_features).contiguous(),
             tensors["weight"],
@@ -153,8 +150,9 @@ def _config(spec: LayerSpec) -> Any:
     return prepare(spec.out_features, spec.in_features, schema_of(spec), torch_dtype=spec.dtype, device=spec.device)
 
 
+@cache
 def _modules() -> dict[str, Any]:
-    """Return what is used of humming, which is imported here."""
+    """Return what is used of humming, which is imported here, once."""
     return {name: import_module(f"humming.{name}") for name in ("schema", "transform", "forward")}
 
 

@@ -32,6 +32,15 @@ def refuses_groups(spec: LayerSpec, allowed: Collection[int]) -> str | None:
     return f"it takes whole groups of {told} inputs, not {spec.in_features} inputs in groups of {size}"
 
 
+def refuses_levels(spec: LayerSpec) -> str | None:
+    """Refuse layers whose tensors are not as ``unreadable`` expects, and codes that are no integers."""
+    if (reason := unreadable(spec)) is not None:
+        return reason
+    if isinstance(meaning_of(spec.format, spec.option), Integers):
+        return None
+    return f"it takes integers, not the levels of format {spec.format_name}"
+
+
 def unreadable(
     spec: LayerSpec, scale_dtypes: Collection[torch.dtype] = FLOATS, states: bool = False, blocks: bool = False
 ) -> str | None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from aptq.api import LayerSpec
-from aptq.backends.planar import refuses_dtype, unreadable
-from aptq.meaning import Integers, meaning_of
+from aptq.backends.planar import refuses_dtype, refuses_levels
 
 
 def refuses_operator(spec: LayerSpec, name: str) -> str | None:
@@ -25,8 +24,4 @@ def refuses_integers(spec: LayerSpec, bits: int) -> str | None:
         return reason
     if spec.option.bits != bits:
         return f"it takes integers of {bits} bits, not codes of {spec.option.bits}"
-    if (reason := unreadable(spec)) is not None:
-        return reason
-    if not isinstance(meaning_of(spec.format, spec.option), Integers):
-        return f"it takes integers, not the levels of format {spec.format_name}"
-    return None
+    return refuses_levels(spec)

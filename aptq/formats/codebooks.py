@@ -88,6 +88,14 @@ class Codebook:
             found.append(value)
         return codes, found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
+    def parts(self, codes: Tensor, count: int) -> Tensor:
+        """Return the codes ``[..., count]`` of the parts that ``encode`` put together in each of ``codes``."""
+        return codes[..., None] >> self.bits * torch.arange(count, device=codes.device) & ((1 << self.bits) - 1)
+
+    def entries(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the indices of centroids and of residual ones (all 0 without) that codes of single parts name."""
+        return codes % len(self.main), codes // len(self.main)
+
     def search(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Return indices ``[n]`` of centroids and of residual ones (all 0 without) for ``vectors [n, t]``, ``t <= v``.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -154,6 +153,18 @@ class ScaledGrid:
         """Bind codes to the parameters of ``inner`` and the factors."""
         return _with(self.inner.finish(codes), self.natural.to(self.dtype))
 
+    @property
+    def tunes(self) -> bool:
+        """Whether ``inner`` does; see ``aptq.api.TunedGrid``."""
+        return isinstance(self.inner, TunedGrid) and self.inner.tunes
+
+    def tuned(self, codes: Tensor, target: Tensor, hessian: Tensor) -> ScaledGrid:
+        """Fit ``inner`` under the same factors ``r``, for which ``T / r`` is the weight; see ``aptq.api.TunedGrid``."""
+        assert isinstance(self.inner, TunedGrid)  # others do not tune
+        factors = self.factors.unsqueeze(-1)
+        inner = self.inner.tuned(codes, target / factors, factors * hessian * factors.transpose(1, 2))
+        return replace(self, inner=inner)
+
 
 @dataclass(frozen=True, eq=False)
 class ScaledEntryGrid(ScaledGrid):
@@ -168,11 +179,6 @@ class ScaledEntryGrid(ScaledGrid):
         return codes, rounded * factors
 
 
-@runtime_checkable
-class RefitTunedGrid(RefitGrid, TunedGrid, Protocol):
-    """Both of them."""
-
-
 @dataclass(frozen=True, eq=False)
 class ScaledRefitGrid(ScaledGrid):
     """The same, for an ``inner`` that learns from what error feedback made of the columns."""
@@ -185,25 +191,10 @@ class ScaledRefitGrid(ScaledGrid):
         return None if refitted is None else _around(refitted, self.factors, self.natural, self.dtype)
 
 
-@dataclass(frozen=True, eq=False)
-class ScaledTunedGrid(ScaledRefitGrid):
-    """The same, for an ``inner`` that also fits its parameters to the codes."""
-
-    inner: RefitTunedGrid
-
-    def tuned(self, codes: Tensor, target: Tensor, hessian: Tensor) -> ScaledGrid:
-        """Fit ``inner`` under the same factors ``r``, for which ``T / r`` is the weight; see ``aptq.api.TunedGrid``."""
-        factors = self.factors.unsqueeze(-1)
-        inner = self.inner.tuned(codes, target / factors, factors * hessian * factors.transpose(1, 2))
-        return _around(inner, self.factors, self.natural, self.dtype)
-
-
 def _around(inner: Grid, factors: Tensor, natural: Tensor, dtype: torch.dtype) -> ScaledGrid:
     """Return a grid around ``inner`` that can do what that can."""
     if isinstance(inner, EntryGrid):
         return ScaledEntryGrid(inner, factors, natural, dtype)
-    if isinstance(inner, RefitTunedGrid):
-        return ScaledTunedGrid(inner, factors, natural, dtype)
     if isinstance(inner, RefitGrid):
         return ScaledRefitGrid(inner, factors, natural, dtype)
     return ScaledGrid(inner, factors, natural, dtype)

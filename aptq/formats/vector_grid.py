@@ -98,13 +98,16 @@ class VectorGrid:
         books = [book.refined(vectors, weights, self.means) for (vectors, weights), book in parts]
         return replace(self, books=tuple(book.stored(self.dtype) for book in books), refits=self.refits - 1)
 
+    @property
+    def tunes(self) -> bool:
+        """Whether there are rounds of it."""
+        return self.finetune > 0
+
     def tuned(self, codes: Tensor, target: Tensor, hessian: Tensor) -> VectorGrid:
         """Return the grid with codebooks and scales fitted to the codes; see ``aptq.api.TunedGrid``.
 
         They are rounded to what is stored, which may lose more than was won: then it is this grid.
         """
-        if not self.finetune:
-            return self
         lookup = Lookup.of(self.books, self.book, codes, self.length)
         begin = self._as_tuned()
         found = tune(begin, lookup, target.float(), hessian, self.length, self.finetune, SCALES[self.normalize])
@@ -115,11 +118,11 @@ class VectorGrid:
         )
         scales = [scale.to(self.dtype).float() for scale in (found.columns, found.vectors)]
         grid = replace(self, books=books, column_scale=scales[0], row_scale=scales[1], finetune=0)
-        return min((self, grid), key=lambda each: each._loss(codes, target, hessian))
+        return min((self, grid), key=lambda each: each._loss(lookup, target, hessian))
 
-    def _loss(self, codes: Tensor, target: Tensor, hessian: Tensor) -> float:
+    def _loss(self, lookup: Lookup, target: Tensor, hessian: Tensor) -> float:
         """Return ``sum_h tr((T - V)^T H (T - V))``; infinity where scales are not finite."""
-        values = self._as_tuned().values(Lookup.of(self.books, self.book, codes, self.length), self.length)
+        values = self._as_tuned().values(lookup, self.length)
         left = target.float() - values[..., : self.rows]
         loss = (left * (hessian @ left)).sum(dtype=torch.float64).item()
         return loss if math.isfinite(loss) else math.inf
@@ -145,19 +148,18 @@ class VectorGrid:
         groups = self.books[: len(self.books) - bool(len(self.outliers))]
         parameters = self._scales() | {"codebook": self._stored([book.main for book in groups])}
         common = natural[:, self.book < len(groups)]
-        centroids = len(groups[0].main)
+        first, second = groups[0].entries(common)
         if groups[0].residual is not None:
             parameters["residual_codebook"] = self._stored([b.residual for b in groups if b.residual is not None])
-            parameters["residual_codes"] = common // centroids
+            parameters["residual_codes"] = second
         if len(self.outliers):
             finer = self.books[-1]
-            parts = torch.arange(self.length // finer.main.shape[1], device=codes.device)
-            split = natural[:, None, self.outliers] >> (finer.bits * parts)[:, None] & (len(finer.main) - 1)
+            split = finer.parts(natural[:, self.outliers], self.length // finer.main.shape[1]).transpose(1, 2)
             count = -(-len(codes) * self.rows // finer.main.shape[1])
             parameters["outlier_codebook"] = self._stored([finer.main])[0]
             parameters["outlier_codes"] = split.flatten(0, 1)[:count]
             parameters["outlier_columns"] = self.outliers.int()
-        return QuantizedWeight(codes=common % centroids, parameters=parameters)
+        return QuantizedWeight(codes=first, parameters=parameters)
 
     def _scales(self) -> dict[str, Tensor]:
         """Return the scales as they are stored, and the number of outputs."""

@@ -10,7 +10,7 @@ gains of norms there; the scales of columns do here what gains would.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,13 +36,12 @@ class Lookup:
         uses = []
         for number, each in enumerate(books):
             columns = (book == number).nonzero()[:, 0]
-            places = each.bits * torch.arange(length // each.main.shape[1], device=codes.device)
-            parts = codes[:, columns, :, None] >> places & (1 << each.bits) - 1
-            entries = parts.flatten(2)  # [heads, n, vectors of the codebook's own length]
-            uses.append((len(tables), columns, entries % len(each.main)))
+            parts = each.parts(codes[:, columns], length // each.main.shape[1])
+            first, second = each.entries(parts.flatten(2))  # [heads, n, vectors of the codebook's own length]
+            uses.append((len(tables), columns, first))
             tables.append((len(each.main), each.main.shape[1]))
             if each.residual is not None:
-                uses.append((len(tables), columns, entries // len(each.main)))
+                uses.append((len(tables), columns, second))
                 tables.append((len(each.residual), each.residual.shape[1]))
         return cls(tuple(tables), tuple(uses))
 
@@ -107,20 +106,17 @@ def tune(
     for _ in range(rounds):
         bare = lookup.values(state.flat, shape) * counts
         if "row_scales" in scales:
-            state = Tuned(state.flat, state.columns, _vector_scales(state, bare, wanted, hessian, length))
+            state = replace(state, vectors=_vector_scales(state, bare, wanted, hessian, length))
         if "column_scales" in scales:
-            state = Tuned(state.flat, _column_scales(state, bare, wanted, hessian, length), state.vectors)
+            state = replace(state, columns=_column_scales(state, bare, wanted, hessian, length))
         by = spread(state.columns, state.vectors, length) * counts
 
         def curved(flat: Tensor, by: Tensor = by) -> Tensor:
             return lookup.gathered(by * (hessian @ (by * lookup.values(flat, shape))))
 
         diagonal = lookup.gathered(by.square() * hessian.diagonal(dim1=1, dim2=2)[..., None])
-        state = Tuned(
-            conjugate_gradients(curved, lookup.gathered(by * wanted), state.flat, diagonal, _STEPS),
-            state.columns,
-            state.vectors,
-        )
+        right = lookup.gathered(by * wanted)
+        state = replace(state, flat=conjugate_gradients(curved, right, state.flat, diagonal, _STEPS))
     return state
 
 

@@ -30,6 +30,10 @@ class Feedback:
     damping: float  # as a share, see ``factorize``
     events: tuple[str, ...]
 
+    def damped(self) -> Tensor:
+        """Return ``H`` with damping ``[heads, in, in]``, positive definite, in natural order."""
+        return self.hessian + torch.diag_embed(self.ridge)
+
 
 @dataclass(frozen=True)
 class Damping:
@@ -143,14 +147,12 @@ def round_weight(
         run = _run(target, factors, refitted, block_size, pull)
         best = run if run.objective < best.objective else best
     codes, grid = best.codes, best.grid
-    if refine or isinstance(grid, TunedGrid):
-        damped = factors.hessian + torch.diag_embed(factors.ridge)
     if refine:
         rounded = format.dequantize(grid.finish(codes), option)
         values = rounded.reshape(by_head.shape).transpose(1, 2).contiguous()
-        codes = refine_columns(values, target, damped, grid, block_size, refine)
-    if isinstance(grid, TunedGrid):
-        grid = grid.tuned(codes, target, damped)
+        codes = refine_columns(values, target, factors.damped(), grid, block_size, refine)
+    if isinstance(grid, TunedGrid) and grid.tunes:
+        grid = grid.tuned(codes, target, factors.damped())
     return Rounded(weight=grid.finish(codes), grid=grid)
 
 

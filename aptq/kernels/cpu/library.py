@@ -207,13 +207,13 @@ class Library:
         weights = tuple(layer.struct()[0].contents for layer in layers)
         states = [layer.states_struct() for layer in layers]
         width, rotation = sum(layer.out_features for layer in layers), None if turn is None else turn.struct()
-        kernel = self._multiply
-        first: tuple[Any, ...] = (_pointers(weights), len(layers), rotation)
-        last: tuple[int, ...] = (math.prod(shape), TYPES[dtype], digits, threads or torch.get_num_threads())
+        rows, threads = (math.prod(shape), TYPES[dtype]), threads or torch.get_num_threads()
+        last: tuple[int, ...] = (*rows, digits, threads)
+        kernel, first = self._multiply, [_pointers(weights)]
         if states[0] is not None:
-            kernel = self._states_multiply
-            first = first[0], _pointers([each[0].contents for each in states if each is not None]), *first[1:]
-            last = last[0], last[1], last[3]
+            kernel, last = self._states_multiply, (*rows, threads)
+            first.append(_pointers([each[0].contents for each in states if each is not None]))
+        first += [len(layers), rotation]
         to = (*shape, width)
 
         def multiply(x: Tensor) -> Tensor:

@@ -158,6 +158,8 @@ def _bound(make: Callable[..., _Weight], arguments: Sequence[tuple[Any, ...]], l
     weights, threads = [make(_width(like, each[0]), like.dtype, *each) for each in arguments], torch.get_num_threads()
     first, rows = weights[0], like.numel() // like.shape[-1]
     if any(_kind(each) != _kind(first) or rows > each.most for each in weights):
+        if len(weights) == 1:
+            return lambda x: _product(first, x, threads)
         return lambda x: torch.cat([_product(each, x, threads) for each in weights], -1)
     packed, shape = [each.packed for each in weights], like.shape[:-1]
     multiply = first.kernels.multiplier(packed, shape, like.dtype, first.digits, first.turn, threads)
