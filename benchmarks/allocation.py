@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 UNIFORM = "the same bits everywhere"
 AUTOROUND = "AutoRound's own plan"
 MODELOPT = "ModelOpt's own plan"
+MODELOPT_APART = "ModelOpt's own scores, a width for each layer"
 MIXED = "output, integers and AFPQ in one plan"
 MIXED_VECTORS = "output, integers, AFPQ and VPTQ in one plan"
 _OVERHEAD = 0.297
@@ -68,6 +69,7 @@ ROWS: dict[str, list[str]] = {
     "gradient, absolute (AutoRound's score)": [*_KNAPSACK, "metric=gradient"],
     AUTOROUND: ["plan=..."],  # of AutoScheme in AutoRound's own environment, nothing tuned
     MODELOPT: ["plan=..."],  # of auto_quantize in ModelOpt's own environment
+    MODELOPT_APART: ["plan=..."],  # the same, but that layers which it fuses need not share a width
     "gradient, squared": [*_KNAPSACK, "metric=gradient", "metric.form=squared", "metric.labels=model"],
     "error": [*_KNAPSACK, "metric=error"],
     "trace times error (HAWQ-V2)": [*_KNAPSACK, "metric=trace_error"],
@@ -80,12 +82,16 @@ ROTATED = "Hadamard"
 """The same beside ``transform=hadamard``, which all of such rows have."""
 _ROTATED = (
     *(UNIFORM, "output (default)", "output, labels of the text (ModelOpt's score)", "traces, 2 and 4 bits (APTQ)"),
-    *("gradient, absolute (AutoRound's score)", AUTOROUND, MODELOPT, TRELLIS),
+    *("gradient, absolute (AutoRound's score)", AUTOROUND, MODELOPT, MODELOPT_APART, TRELLIS),
 )
 ROWS |= {f"{row}, {ROTATED}": [*ROWS[row], "transform=hadamard"] for row in _ROTATED}
 ROWS[f"{MIXED}, {ROTATED}"] = [*(word for word in ROWS[MIXED] if word != _PREDICTED), "transform=hadamard"]
 
-_OWN = {AUTOROUND: peer_plans.AUTOROUND, MODELOPT: peer_plans.MODELOPT}
+_OWN = {
+    AUTOROUND: peer_plans.AUTOROUND,
+    MODELOPT: peer_plans.MODELOPT,
+    MODELOPT_APART: peer_plans.MODELOPT_APART,
+}
 """Who makes the plans of a row, and of the same row with rotated inputs."""
 
 
@@ -209,10 +215,11 @@ def as_markdown(record: Mapping[str, Any]) -> str:
         f"quantizer; {record['samples']} calibration samples of {record['length']} tokens, perplexity on "
         f"{record['sequences']} sequences of {record['length']} tokens of each text; full precision: {told}. Spearman: "
         "correlation of what the metric predicts with the measured divergence, over random plans. The "
-        "scores of AutoRound and ModelOpt are taken with our rounding, so that the choice of bits alone is compared; "
+        "rows that name a peer's score in brackets take it with our rounding, so that formulas alone are compared; "
         "AutoRound's own plan is what its AutoScheme chooses (texts of the same file, nothing tuned), ModelOpt's what "
         "its auto_quantize chooses by the gradient (the same samples, its symmetric integers in groups of 64, of which "
-        "2 bits tell three levels apart, one width for layers that it fuses); both are rounded by our quantizer. "
+        "2 bits tell three levels apart, one width for layers that it fuses, or by its own scores a width for each "
+        "layer); all are rounded by our quantizer. "
         "*Hadamard*: everything in that row, scores and rounding, with rotated inputs, except that peers' own plans "
         "are those of the plain rows.",
     ]

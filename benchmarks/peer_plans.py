@@ -4,22 +4,40 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from environments import Environment, clean_environment
 from measured import run_measured
 
-AUTOROUND = Environment("autoround", ["auto-round==0.16.1"])
-MODELOPT = Environment(
+
+@dataclass(frozen=True)
+class Peer:
+    """Who chooses, and how it is asked to."""
+
+    name: str  # of what it leaves
+    environment: Environment
+    options: Sequence[str] = ()  # of its script
+
+    @property
+    def script(self) -> Path:
+        """What runs in its environment."""
+        return Path(__file__).resolve().parent / "peers" / f"{self.environment.name}_scheme.py"
+
+
+_MODELOPT = Environment(
     "modelopt",
     # The last transformers that this release allows; requests it imports and does not ask for.
     ["nvidia-modelopt==0.47.0", "transformers==5.14.1", "requests==2.32.5"],
 )
-_SCRIPTS = Path(__file__).resolve().parent / "peers"
+AUTOROUND = Peer("autoround", Environment("autoround", ["auto-round==0.16.1"]))
+MODELOPT = Peer("modelopt", _MODELOPT)
+MODELOPT_APART = Peer("modelopt_apart", _MODELOPT, ["--apart"])
+"""A width for each layer, which those that it fuses need not share: nothing but its scores."""
 
 
 def plans(
-    peer: Environment,
+    peer: Peer,
     *,
     model: str,
     calibration: Path,
@@ -36,7 +54,7 @@ def plans(
     A folder that holds what the peer chose is not filled again: a plan is the same whatever else a row does.
 
     Args:
-        peer: whose plans; its script is ``peers/NAME_scheme.py``.
+        peer: whose plans.
         model: folder of a model.
         calibration: jsonl with texts; the peer's script cuts ``samples`` of ``length`` tokens from it.
         budgets: average bits of codes.
@@ -51,7 +69,7 @@ def plans(
     if not record.exists():
         options = {"model": model, "calibration": calibration, "samples": samples, "length": length, "seed": seed}
         options |= {"threads": threads, "output": record}
-        command = [str(peer.interpreter(peers)), str(_SCRIPTS / f"{peer.name}_scheme.py")]
+        command = [str(peer.environment.interpreter(peers)), str(peer.script), *peer.options]
         command += [*(f"--{name}={value}" for name, value in options.items()), "--budgets", *map(str, budgets)]
         run_measured(command, log=folder / f"{peer.name}.txt", env=clean_environment(threads, isolated=True))
     chosen = json.loads(record.read_text(encoding="utf-8"))["plans"]

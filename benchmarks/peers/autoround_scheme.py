@@ -10,14 +10,14 @@ import importlib.metadata
 import json
 import time
 
-from scheme_options import parse
+from scheme_options import options
 
 _SCHEMES = ("W2A16G64", "W3A16G64", "W4A16G64", "W8A16G64")
 
 
 def main() -> None:
     """Write ``{"plans": {budget: {layer: bits}}, "seconds": float, "versions": {...}}``."""
-    arguments = parse(__doc__)
+    arguments = options(__doc__).parse_args()
 
     import torch
     from auto_round import AutoRound, AutoScheme

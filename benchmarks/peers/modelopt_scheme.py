@@ -1,8 +1,9 @@
 """ModelOpt's own plans, as its users get them; executed by the interpreter of the peer's own environment.
 
 ``auto_quantize`` scores layers at 2, 3, 4 and 8 bits (its symmetric integers in groups of 64, weights alone) by the
-gradient of the text's loss, those of a fused layer together, and chooses by itself. It scores once; budgets are solved
-for one by one. What it chose is left as JSON, for our quantizer to go by. Nothing of aptq is imported here.
+gradient of the text's loss, those of a fused layer together (``--apart``: each by itself), and chooses by itself. It
+scores once; budgets are solved for one by one. What it chose is left as JSON, for our quantizer to go by. Nothing of
+aptq is imported here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from scheme_options import parse
+from scheme_options import options
 
 _WIDTHS = (2, 3, 4, 8)
 _WEIGHTS = "weight_quantizer"
@@ -24,12 +25,17 @@ _HEAD = "lm_head"
 
 def main() -> None:
     """Write ``{"plans": {budget: {layer: bits}}, "seconds": float, "versions": {...}}``."""
-    arguments = parse(__doc__)
+    parser = options(__doc__)
+    parser.add_argument("--apart", action="store_true", help="a width for each layer, not for each fused one")
+    arguments = parser.parse_args()
 
     import modelopt.torch.quantization as mtq
     import torch
+    from modelopt.torch.quantization.algorithms import AutoQuantizeGradientSearcher
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if arguments.apart:
+        AutoQuantizeGradientSearcher.quant_grouping_rules = []  # as its documentation has users change them
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("error", message="AutoQuantize FAILED")  # or the plan would be over the budget
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)

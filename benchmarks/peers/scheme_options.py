@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 
-def parse(description: str | None) -> argparse.Namespace:
-    """Return the options of the command line."""
+def options(description: str | None) -> argparse.ArgumentParser:
+    """Return the options of the command line, for a peer to add its own."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", required=True)
     parser.add_argument("--calibration", type=Path, required=True, help="jsonl with texts")
@@ -17,4 +17,4 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    return parser.parse_args()
+    return parser
