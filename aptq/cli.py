@@ -181,6 +181,8 @@ def _evaluate(config: DictConfig) -> None:
     from aptq.tables import print_measures
 
     print_measures(evaluate(config), config.model.path)
+    if config.output is not None:
+        Console().print(f"Wrote [bold]{_escaped(str(config.output))}[/]")
 
 
 def _export(config: DictConfig) -> None:

@@ -20,13 +20,16 @@ from aptq.basis import chosen_transform
 from aptq.benchmark import Benchmark, Result, run_benchmark
 from aptq.calibration.embedding import TableCoding
 from aptq.callbacks import Callbacks
+from aptq.chosen_backends import chosen_backends
 from aptq.config import compose, to_settings
 from aptq.data import check_data
 from aptq.decode_times import DecodeTimes
 from aptq.errors import AptqError
 from aptq.evaluation import check_tasks, evaluate_model, needs_texts, parts, texts_for
-from aptq.files import new_folder, write_bytes, write_json
+from aptq.files import disk_errors, new_folder, write_bytes, write_json
 from aptq.finished import job_of, open_for_use
+from aptq.judge import versions
+from aptq.metrics_schema import finite
 from aptq.models import open_model
 from aptq.pipeline import Experiment, quantize_model
 from aptq.preflight import check_stores_embedding, check_stores_inputs
@@ -172,13 +175,19 @@ def _backend(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
 
 
 def evaluate(config: DictConfig | Sequence[str]) -> dict[str, dict[str, float]]:
-    """Judge the model that ``model.path`` names, quantized by aptq or not.
+    """Judge the model that ``model.path`` names, quantized by aptq or not; ``output`` has the JSON file for it, if any.
 
     Returns:
         ``{measure: {text or task: value}}``, such as ``{"perplexity": {"c4": 30.1}}``.
+
+    Raises:
+        AptqError: something in the config, the data or the model cannot be, or ``output`` is there already.
     """
     composed = config if isinstance(config, DictConfig) else compose(list(config), "evaluate")
     plain: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
+    output = None if plain["output"] is None else Path(plain["output"])
+    if output is not None and output.exists():
+        raise AptqError(f"output={output} exists already; remove it or choose another file with output=...")
     data = to_settings(DataSettings, plain["data"], "data")
     evaluator = registry.build("evaluator", plain["evaluator"])
     check_data(data, calibrate=False, evaluate=needs_texts(evaluator))
@@ -188,13 +197,19 @@ def evaluate(config: DictConfig | Sequence[str]) -> dict[str, dict[str, float]]:
     texts = texts_for(evaluator, data, tokenizer)
     with build_callbacks(plain, fabric) as callbacks:
         callbacks.on_stage_start(stage="evaluate", total=len(parts(evaluator, texts)), unit="part")
-        return evaluate_model(
+        measures = evaluate_model(
             evaluator,
             model.to(fabric.device),  # type: ignore[arg-type]  # transformers hides the signature
             tokenizer,
             texts,
             lambda done, name: callbacks.on_advance(stage="evaluate", done=done, detail=name),
         )
+    if output is not None and fabric.global_rank == 0:
+        record = {**measures, "backends": chosen_backends(model), "versions": versions(), "config": plain}
+        with disk_errors(output, "the measures"):
+            output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, finite(record), "the measures")
+    return measures
 
 
 def export(config: DictConfig | Sequence[str]) -> Path:

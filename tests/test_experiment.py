@@ -529,13 +529,21 @@ def test_the_manual_baseline_spends_whole_blocks(
     assert "measure" not in run.metrics()["seconds"]
 
 
-def test_evaluate_judges_what_quantize_wrote(overrides: Callable[..., list[str]]) -> None:
+def test_evaluate_judges_what_quantize_wrote(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     from aptq.experiment import evaluate
 
     run = aptq.quantize(overrides("allocator=uniform", "allocator.bits=8"))
     data = [each for each in overrides() if each.startswith(("data", "evaluator", "fabric", "callback"))]
-    found = evaluate([f"model.path={run.folder / 'model'}", *data])
+    output = tmp_path / "new" / "scores.json"
+    words = [f"model.path={run.folder / 'model'}", *data, f"output={output}"]
+    found = evaluate(words)
     assert found["perplexity"]["fox"] == pytest.approx(run.metrics()["perplexity"]["fox"], rel=1e-6)
+    written = json.loads(output.read_text())
+    assert written["perplexity"] == found["perplexity"]
+    assert written["backends"] == run.metrics()["backends"]
+    assert written["config"]["model"]["path"] == str(run.folder / "model")
+    with pytest.raises(AptqError, match="exists already"):
+        evaluate(words)
 
 
 def test_export_writes_a_finished_model_again(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
