@@ -7,7 +7,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from aptq.api import DivergenceMetric, LayerStatistics, LossMetric, MeasuringAllocator, Option, PlanJudge
+from aptq.api import (
+    DivergenceMetric,
+    DraftQuantizer,
+    LayerStatistics,
+    LossMetric,
+    MeasuringAllocator,
+    Option,
+    PlanJudge,
+)
 from aptq.api.allocation import units_of
 from aptq.calibration.guidance import STAGE as GRADIENTS
 from aptq.calibration.measure import STAGE as MEASURE
@@ -45,7 +53,7 @@ class Measurement:
     ) -> None:
         self._experiment, self._walk, self._stages = experiment, walk, stages
         self._options, self._fused = options, fused
-        metric, prefix = experiment.metric, experiment.measure_option
+        metric, prefix, quantizer = experiment.metric, experiment.measure_option, experiment.quantizer
         self._judges = bool(experiment.audit) or isinstance(experiment.allocator, MeasuringAllocator)
         errors = tuple(options) if metric.needs_errors or self._judges else ()
         config = experiment.config
@@ -53,7 +61,7 @@ class Measurement:
         self._parts = {**measured(experiment, walk), "rounding": rounded if errors or prefix else None}
         self._held = ExitStack()
         self._rounding = Rounding(
-            quantizer=experiment.quantizer,
+            quantizer=quantizer.draft if isinstance(quantizer, DraftQuantizer) else quantizer,
             format=experiment.format,
             errors=errors,
             prefix=prefix,

@@ -74,7 +74,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
     """Yield the runs that were asked for."""
     for bits, seed, row in product(options.bits, options.seeds, options.rows):
-        words = ["allocator=uniform", *ROWS[row], f"allocator.bits={bits}", "format.group_size=64"]
+        words = ["allocator=uniform", *_unrefined(ROWS[row]), f"allocator.bits={bits}", "format.group_size=64"]
         yield Job(
             row=row,
             fields={"bits": bits},
@@ -83,6 +83,12 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
             seed=seed,
             baseline=row == REFERENCE,
         )
+
+
+def _unrefined(words: Sequence[str]) -> list[str]:
+    """Return a row's words, and that there is no refinement unless it says so: rows differ in what they name alone."""
+    chosen = ("quantizer.refine=", "quantizer=foem", "quantizer=two_sided", "experiment=")  # or has no such option
+    return [*words] if any(word.startswith(chosen) for word in words) else [*words, "quantizer.refine=0"]
 
 
 def table(record: Mapping[str, Any], bits: int) -> tuple[list[str], list[list[str]]]:
@@ -122,7 +128,8 @@ def as_markdown(record: Mapping[str, Any]) -> str:
         f"{record['samples']} calibration samples of {record['length']} tokens, perplexity on {record['sequences']} "
         f"sequences of {record['length']} tokens of each text; full precision: {told}. A gap is the distance to full "
         f"precision as a share of that of *{REFERENCE}*, both means over their seeds: rows with other numbers of seeds "
-        "compare roughly. Rows without *min-max* search group ranges. Seconds are the whole process but for judging, "
+        "compare roughly. Rows without *min-max* search group ranges; only *refined* ones refine. Seconds are the "
+        "whole process but for judging, "
         "and of runs that had the machine for themselves; "
         f"peak memory is that of judging, of two models in the rows of *{REFERENCE}*.",
     ]

@@ -85,6 +85,9 @@ _ROTATED = (
     *("gradient, absolute (AutoRound's score)", AUTOROUND, MODELOPT, MODELOPT_APART, TRELLIS),
 )
 ROWS |= {f"{row}, {ROTATED}": [*ROWS[row], "transform=hadamard"] for row in _ROTATED}
+REFINED = "refined"
+"""The same with refinement, the default, which no other row has."""
+ROWS |= {f"{row}, {ROTATED}, {REFINED}": ROWS[f"{row}, {ROTATED}"] for row in (UNIFORM, "output (default)")}
 ROWS[f"{MIXED}, {ROTATED}"] = [*(word for word in ROWS[MIXED] if word != _PREDICTED), "transform=hadamard"]
 
 _OWN = {
@@ -140,6 +143,7 @@ def jobs(options: argparse.Namespace, folder: Path) -> Iterator[Job]:
                 words=[
                     *job,
                     *audit,
+                    *([] if row.endswith(REFINED) else ["quantizer.refine=0"]),
                     *([] if {"format=mixed", "format=trellis"} & {*job} else ["format.group_size=64"]),
                 ],
                 overrides=ROWS[row],
@@ -185,7 +189,7 @@ def table(record: Mapping[str, Any], budget: float) -> tuple[list[str], list[lis
             audits = [each for each in found if each is not None]  # a metric may not tell plans apart
             bits = [f"{mean(each[key] for each in mine):.3f}" for key in ("code_bits", "storage_bits")]
             rows.append([row, str(len(mine)), *bits, *cells, f"{mean(audits):.2f}" if audits else ""])
-    for row in (UNIFORM, f"{UNIFORM}, {ROTATED}"):
+    for row in (UNIFORM, f"{UNIFORM}, {ROTATED}", f"{UNIFORM}, {ROTATED}, {REFINED}"):
         if between := _interpolated(record, row, budget):
             told = [f"{between[name]:.2f}" for name in names]
             rows.append([f"{row}: between whole widths", "", "", "", *told, ""])
@@ -211,8 +215,8 @@ def as_markdown(record: Mapping[str, Any]) -> str:
     told = ", ".join(f"{name} {value:.2f}" for name, value in full_precision(record).items())
     parts = [
         "# Plans at equal bits",
-        f"{record['model']} in float32, layers at 2, 3, 4 or 8 bits, asymmetric integers, group size 64, the default "
-        f"quantizer; {record['samples']} calibration samples of {record['length']} tokens, perplexity on "
+        f"{record['model']} in float32, layers at 2, 3, 4 or 8 bits, asymmetric integers, group size 64, "
+        f"`quantizer=gptq`; {record['samples']} calibration samples of {record['length']} tokens, perplexity on "
         f"{record['sequences']} sequences of {record['length']} tokens of each text; full precision: {told}. Spearman: "
         "correlation of what the metric predicts with the measured divergence, over random plans. The "
         "rows that name a peer's score in brackets take it with our rounding, so that formulas alone are compared; "
@@ -221,7 +225,8 @@ def as_markdown(record: Mapping[str, Any]) -> str:
         "2 bits tell three levels apart, one width for layers that it fuses, or by its own scores a width for each "
         "layer); all are rounded by our quantizer. "
         "*Hadamard*: everything in that row, scores and rounding, with rotated inputs, except that peers' own plans "
-        "are those of the plain rows.",
+        "are those of the plain rows. *Refined*: with the passes of coordinate descent that are the default; no other "
+        "row has them.",
     ]
     for budget in sorted({each["budget"] for each in record["results"]}):
         parts += [f"## {budget:g} bits", markdown_table(*table(record, budget))]

@@ -43,23 +43,23 @@ from aptq.quantizers.two_sided import TwoSided
 from aptq.settings import DataSettings, ModelSettings
 
 HERE = Path(__file__).resolve().parent
-PUBLISHED = {"damping": 0.01, "damping_scale": "mean"}
+PUBLISHED = {"damping": 0.01, "damping_scale": "mean", "refine": 0}
 Contestants = dict[str, tuple[HessianEstimator, Quantizer]]
 CONTESTANTS: Contestants = {
     "nearest": (Input(), Nearest()),
     "input, gptq as published": (Input(), GPTQ(**PUBLISHED)),  # type: ignore[arg-type]
-    "input, gptq": (Input(), GPTQ()),
-    "input, gptq, damping 0.05": (Input(), GPTQ(damping=0.05)),
+    "input, gptq": (Input(), GPTQ(refine=0)),
+    "input, gptq, damping 0.05": (Input(), GPTQ(damping=0.05, refine=0)),
     "input, gptq refined": (Input(), GPTQ(refine=3)),
     "attention, gptq as published": (Attention(), GPTQ(**PUBLISHED)),  # type: ignore[arg-type]
-    "attention, gptq": (Attention(), GPTQ()),
-    "attention, gptq, damping 0.05": (Attention(), GPTQ(damping=0.05)),
+    "attention, gptq": (Attention(), GPTQ(refine=0)),
+    "attention, gptq, damping 0.05": (Attention(), GPTQ(damping=0.05, refine=0)),
     "attention, gptq refined": (Attention(), GPTQ(refine=3)),
     "attention, two_sided": (Attention(), TwoSided()),
     "attention (random values), two_sided": (Attention(values="random"), TwoSided()),
-    "attention (two probes), gptq": (Attention(probes=2), GPTQ()),
-    "attention (layer), gptq": (Attention(scope="layer"), GPTQ()),
-    "attention (ones), gptq": (Attention(cotangent="ones"), GPTQ()),
+    "attention (two probes), gptq": (Attention(probes=2), GPTQ(refine=0)),
+    "attention (layer), gptq": (Attention(scope="layer"), GPTQ(refine=0)),
+    "attention (ones), gptq": (Attention(cotangent="ones"), GPTQ(refine=0)),
 }
 console = Console(width=None if Console().is_terminal else 120)
 

@@ -103,8 +103,9 @@ FORMATS |= {
 QUANTIZERS: dict[str, list[str]] = {
     "nearest, min-max": ["hessian=identity", "quantizer=nearest"],
     "nearest": ["hessian=input", "quantizer=nearest"],
-    "gptq, min-max": ["hessian=input", "quantizer=gptq"],
-    "gptq": ["hessian=input", "quantizer=gptq"],
+    "gptq, min-max": ["hessian=input", "quantizer=gptq", "quantizer.refine=0"],
+    "gptq": ["hessian=input", "quantizer=gptq", "quantizer.refine=0"],
+    "gptq, refined": ["hessian=input", "quantizer=gptq", "quantizer.refine=3"],
 }
 
 

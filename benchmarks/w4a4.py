@@ -57,7 +57,7 @@ CONTESTANTS |= {
 }
 QUANTIZERS: dict[str, list[str]] = {
     "nearest": ["hessian=identity", "quantizer=nearest"],
-    "gptq": ["hessian=input", "quantizer=gptq"],
+    "gptq": ["hessian=input", "quantizer=gptq", "quantizer.refine=0"],
 }
 INPUTS = ("W4A16", "W4A4")
 

@@ -71,6 +71,7 @@ from aptq.api.results import (
     judges_texts,
 )
 from aptq.api.rounding import (
+    DraftQuantizer,
     DriftQuantizer,
     EntryGrid,
     Factors,
@@ -116,6 +117,7 @@ __all__ = [
     "DivergenceMetric",
     "DriftEstimator",
     "DriftObserver",
+    "DraftQuantizer",
     "DriftQuantizer",
     "EmbeddingExporter",
     "EntryGrid",

@@ -218,6 +218,19 @@ class Quantizer(Protocol):
 
 
 @runtime_checkable
+class DraftQuantizer(Quantizer, Protocol):
+    """A quantizer that has a quicker version of itself.
+
+    Pass 1 rounds every layer at every option to see what it costs. What a slower search wins there is nearly the same
+    share everywhere, so the quicker one tells layers and options apart as well.
+    """
+
+    @property
+    def draft(self) -> Quantizer:
+        """The quicker version: with the same factors, and codes of the same objective."""
+
+
+@runtime_checkable
 class DriftQuantizer(Quantizer, Protocol):
     """A quantizer that may aim at the full-precision model's outputs, not at those of ``W`` on the inputs it meets.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 
 import torch
@@ -12,7 +13,16 @@ from torch import Tensor
 from aptq import packing
 from aptq.api import AptqError, Option, QuantizedWeight
 from aptq.formats.grouped import GroupedGrid, check_fields, check_group, split_groups
-from aptq.formats.scales import pack_scales, read_scales, scale_layout, scale_unit, stored_scale, stored_unit
+from aptq.formats.scale_tuning import refitted
+from aptq.formats.scales import (
+    pack_scales,
+    read_scales,
+    rounded_scale,
+    scale_layout,
+    scale_unit,
+    stored_scale,
+    stored_unit,
+)
 
 _CLIPS = ("shared", "asymmetric", "joint")
 
@@ -27,7 +37,8 @@ class Integer:
     full one) for the least rounding error, each column weighed by the curvature's diagonal where there is one. With
     ``clip="shared"`` both ends of the range shrink alike; ``clip="asymmetric"`` then searches each end by itself, in
     three times the time; ``clip="joint"`` tries every pair of ends, in ``clip_steps + 1`` times the time (BitDistiller,
-    ACL 2024, section 3.1, there on the outputs of the group for the inputs themselves).
+    ACL 2024, section 3.1, there on the outputs of the group for the inputs themselves). ``finetune`` fits the scales
+    once more when codes are chosen, all of a row together, to the least error of the layer (``scale_tuning``).
     """
 
     group_size: int = 64
@@ -36,6 +47,7 @@ class Integer:
     clip_steps: int = 8
     clip_min: float = 0.5
     clip: str = "shared"
+    finetune: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self.group_size, self.scale_dtype, self.clip_steps, self.clip_min)
@@ -218,6 +230,19 @@ class IntegerGrid(GroupedGrid):
     def _nearest(self, values: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         codes = torch.addcdiv(zero, values, scale).round_().clamp_(0, (1 << self.bits) - 1)
         return codes, (codes - zero).mul_(scale)
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the format says so; see ``aptq.api.TunedGrid``."""
+        return self.format.finetune
+
+    def tuned(self, codes: Tensor, target: Tensor, hessian: Tensor) -> IntegerGrid:
+        """Return the grid with scales fitted to the codes; see ``aptq.api.TunedGrid``."""
+        scale, zero = self.parameters
+        levels = codes - self._columns[1]
+        stored = partial(rounded_scale, scale_dtype=self.format.scale_dtype, unit=self.unit)
+        (found,) = refitted([scale], [levels], self.group, target, hessian, stored)
+        return replace(self, parameters=(found, zero))
 
     def finish(self, codes: Tensor) -> QuantizedWeight:
         """Bind codes ``[heads, in, rows]`` to the parameters, columns back in their natural order."""

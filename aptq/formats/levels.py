@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import ClassVar
 
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor
 from aptq import packing
 from aptq.api import AptqError, Option, QuantizedWeight
 from aptq.formats.grouped import GroupedGrid, check_fields, check_group, split_groups
+from aptq.formats.scale_tuning import refitted
 from aptq.formats.scales import (
     BLOCK_SCALES,
     pack_scales,
     read_scales,
+    rounded_scale,
     scale_layout,
     scale_unit,
     stored_scale,
@@ -67,6 +69,7 @@ class LevelFormat:
     scale_dtype: str = "float16"
     clip_steps: int = 8
     clip_min: float = 0.5
+    finetune: bool = False
 
     asymmetric: ClassVar[bool]
 
@@ -257,6 +260,22 @@ class LevelGrid(GroupedGrid):
     def round_entries(self, values: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Round single weights to the nearest level; see ``aptq.api.EntryGrid``."""
         return nearest(values, self.levels, *self._of_entries(rows, positions))
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the format says so; see ``aptq.api.TunedGrid``."""
+        return self.format.finetune
+
+    def tuned(self, codes: Tensor, target: Tensor, hessian: Tensor) -> LevelGrid:
+        """Return the grid with scales fitted to the codes; see ``aptq.api.TunedGrid``."""
+        below, above = self.parameters
+        levels, none = self.levels[codes.long()], self.levels.new_zeros(())
+        stored = partial(rounded_scale, scale_dtype=self.format.scale_dtype, unit=self.unit)
+        if not self.format.asymmetric:
+            (found,) = refitted([above], [levels], self.group, target, hessian, stored)
+            return replace(self, parameters=(found, found))
+        sides = [torch.where(levels < 0, levels, none), torch.where(levels < 0, none, levels)]
+        return replace(self, parameters=tuple(refitted([below, above], sides, self.group, target, hessian, stored)))
 
     def finish(self, codes: Tensor) -> QuantizedWeight:
         """Bind codes ``[heads, in, rows]`` to the scales, columns back in their natural order."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aptq.api import AptqError, Curvature, Format, Grid, Option, RefitGrid, Rounded, TunedGrid
+from aptq.api import AptqError, Curvature, EntryGrid, Format, Grid, Option, RefitGrid, Rounded, TunedGrid
 
 _SMALL = 256  # triangular matrices up to this size are inverted by substitution
 
@@ -62,12 +62,18 @@ class Damping:
         return diagonal if self.scale == "diagonal" else diagonal.mean(1, keepdim=True).expand_as(diagonal)
 
 
-def check_loop(block_size: int, refine: int = 0) -> None:
+_PASSES = 3
+"""Of refinement where none are asked for or ruled out: more win a tenth as much again (docs/quantizers.md)."""
+
+
+def check_loop(block_size: int, refine: int | None = 0) -> None:
     """Raise ``AptqError`` for options of the rounding loop that cannot be."""
     if block_size < 1:
         raise AptqError(f"quantizer.block_size={block_size} is not allowed; use a positive number of columns.")
-    if refine < 0:
-        raise AptqError(f"quantizer.refine={refine} is not allowed; use 0 (no passes) or more.")
+    if refine is not None and refine < 0:
+        raise AptqError(
+            f"quantizer.refine={refine} is not allowed; use 0 (no passes) or more, or null to have it chosen."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,13 +137,14 @@ def round_weight(
     *,
     block_size: int,
     pull: float = 0.0,
-    refine: int = 0,
+    refine: int | None = 0,
 ) -> Rounded:
     """Round a weight ``[out, in]`` under a format, in the order of the factors; see ``round_columns``.
 
     The grid is fitted to ``weight`` beforehand and in the natural order of columns, so that what is stored knows
     nothing of the order. A grid that learns from a run (``aptq.api.RefitGrid``) gets more of them. ``refine`` passes of
-    ``refine_columns`` follow, and then a grid may fit its parameters to the codes (``aptq.api.TunedGrid``).
+    ``refine_columns`` follow (None: some where each weight has a code of its own; choosing those of several at once
+    takes too long for what is won), and then a grid may fit its parameters to the codes (``aptq.api.TunedGrid``).
     """
     by_head = weight.float().reshape(factors.order.shape[0], -1, weight.shape[-1])
     target = by_head.transpose(1, 2).contiguous()  # [heads, in, rows]
@@ -147,10 +154,11 @@ def round_weight(
         run = _run(target, factors, refitted, block_size, pull)
         best = run if run.objective < best.objective else best
     codes, grid = best.codes, best.grid
-    if refine:
+    passes = refine if refine is not None else _PASSES if isinstance(grid, EntryGrid) else 0
+    if passes:
         rounded = format.dequantize(grid.finish(codes), option)
         values = rounded.reshape(by_head.shape).transpose(1, 2).contiguous()
-        codes = refine_columns(values, target, factors.damped(), grid, block_size, refine)
+        codes = refine_columns(values, target, factors.damped(), grid, block_size, passes)
     if isinstance(grid, TunedGrid) and grid.tunes:
         grid = grid.tuned(codes, target, factors.damped())
     return Rounded(weight=grid.finish(codes), grid=grid)

@@ -6,7 +6,7 @@ Source: Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class GPTAQ:
     max_damping: float = 1.0
     act_order: bool = True
     block_size: int = 32
-    refine: int = 0
+    refine: int | None = None
 
     def __post_init__(self) -> None:
         check_loop(self.block_size, self.refine)
@@ -69,6 +69,11 @@ class GPTAQ:
     def needs_drift(self) -> bool:
         """Yes."""
         return True
+
+    @property
+    def draft(self) -> GPTAQ:
+        """The same without refinement; see ``aptq.api.DraftQuantizer``."""
+        return replace(self, refine=0)
 
     def _damping(self) -> Damping:
         return Damping(self.damping, self.max_damping, self.damping_scale)

@@ -6,7 +6,7 @@ Source: Frantar et al., "GPTQ" (ICLR 2023), algorithm 1; static group scales wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ class GPTQ:
     used (round to nearest, in effect), and each step is reported. ``act_order`` takes columns by falling curvature;
     group scales are fitted beforehand, so that the stored layout stays in natural order. ``block_size`` columns are
     updated at once (lazy batch updates). ``refine`` passes of coordinate descent follow, each of which rounds every
-    column once more with all others as they are.
+    column once more with all others as they are; None has it chosen (``round_weight``).
     """
 
     damping: float = 0.15
@@ -31,11 +31,16 @@ class GPTQ:
     max_damping: float = 1.0
     act_order: bool = True
     block_size: int = 32
-    refine: int = 0
+    refine: int | None = None
 
     def __post_init__(self) -> None:
         check_loop(self.block_size, self.refine)
         self._damping()
+
+    @property
+    def draft(self) -> GPTQ:
+        """The same without refinement; see ``aptq.api.DraftQuantizer``."""
+        return replace(self, refine=0)
 
     def _damping(self) -> Damping:
         return Damping(self.damping, self.max_damping, self.damping_scale)

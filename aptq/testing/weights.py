@@ -11,6 +11,7 @@ from torch import Tensor
 from aptq.api import (
     Backend,
     Curvature,
+    DraftQuantizer,
     DriftQuantizer,
     Factors,
     Format,
@@ -97,6 +98,11 @@ def _check_quantizer_case(
         error <= everything or everything == 0,
         f"{case}: the quantized weight is worse than zeros: error {error:.4g} against {everything:.4g}.",
     )
+    if isinstance(quantizer, DraftQuantizer):
+        own = quantizer.draft
+        draft = _quantize(own, format, option, curvature.heads, f"{case}, draft", first, factors)
+        alike = _quantize(own, format, option, curvature.heads, f"{case}, draft", first, own.prepare(curvature))
+        expect_equal(draft.codes, alike.codes, f"{case}: the draft's codes with the quantizer's factors")
     packed = format.pack(quantized, option)
     unpacked = format.unpack(packed, option, shape)
     expect_equal(format.dequantize(unpacked, option), restored, f"{case}: the weight after pack() and unpack()")

@@ -37,7 +37,7 @@ def test_keeps_the_contract(beta: float, act_order: bool) -> None:
 @pytest.mark.parametrize("act_order", [False, True])
 def test_without_a_pull_it_is_gptq_to_the_bit(act_order: bool) -> None:
     weight, curvature = _weight(), _curvature()
-    expected = _codes(GPTQ(act_order=act_order), weight, curvature)
+    expected = _codes(GPTQ(act_order=act_order, refine=0), weight, curvature)
     assert torch.equal(_codes(FOEM(beta=0.0, act_order=act_order), weight, curvature), expected)
     assert not torch.equal(_codes(FOEM(act_order=act_order), weight, curvature), expected)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from aptq.api import AptqError, Curvature, Option
 from aptq.formats.integer import Integer
+from aptq.formats.vector import Vector
 from aptq.quantizers.gptq import GPTQ
 from aptq.quantizers.nearest import Nearest
 from aptq.testing import check_quantizer
@@ -36,7 +37,7 @@ def _curvature(hessian: Tensor) -> Curvature:
 def _surgeon(weight: Tensor, hessian: Tensor, order: Tensor, option: Option, format: Integer, damping: float) -> Tensor:
     """Quantize by equations 2 and 3 of GPTQ, with the inverse of the remaining Hessian recomputed at every step."""
     act_order = order.tolist() != list(range(len(order)))
-    quantizer = GPTQ(damping=damping, act_order=act_order)
+    quantizer = GPTQ(damping=damping, act_order=act_order, refine=0)
     grid = format.fit(weight[None], option, quantizer.prepare(_curvature(hessian)).importance)
     w, left = weight.double().clone(), order.tolist()
     damped = hessian.double() + damping * torch.diag(hessian.double().diagonal())
@@ -57,7 +58,7 @@ def test_equals_the_textbook(act_order: bool, block_size: int) -> None:
     hessian, option = _hessian(40)[0], Option(3, 32)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else torch.arange(40)
     expected = _surgeon(weight, hessian, order, option, Integer(), 0.15)
-    actual = _quantize(GPTQ(act_order=act_order, block_size=block_size), weight, hessian[None], option)
+    actual = _quantize(GPTQ(act_order=act_order, block_size=block_size, refine=0), weight, hessian[None], option)
     flips = (actual.double() - expected).abs().gt(1e-4).double().mean().item()
     assert flips < 0.02, f"{100 * flips:.1f} % of the codes differ: more than float32 ties explain"
 
@@ -88,6 +89,20 @@ def test_refinement_lowers_the_objective() -> None:
     curvature = Curvature(column=column, tokens=1)
     errors = [curvature.quadratic(weight - _quantize(GPTQ(refine=n), weight, column, option)) for n in (0, 1, 3)]
     assert errors[2] <= errors[1] < errors[0]
+
+
+def test_codes_of_single_weights_are_refined_and_those_of_several_are_not_unless_asked() -> None:
+    column, weight = _hessian(48, seed=5), torch.randn(32, 48)
+    for format, option, passes in ((Integer(), Option(3, 16), 3), (Vector(), Option(2, -1), 0)):
+        found = [
+            quantizer.quantize(
+                weight, quantizer.prepare(Curvature(column=column, tokens=1)), format, option
+            ).weight.codes
+            for quantizer in (GPTQ(), GPTQ(refine=passes), GPTQ(refine=1), GPTQ().draft, GPTQ(refine=0))
+        ]
+        assert torch.equal(found[0], found[1])
+        assert not torch.equal(found[0], found[2])
+        assert torch.equal(found[3], found[4])
 
 
 def test_identity_curvature_is_nearest() -> None:

@@ -68,7 +68,7 @@ def test_rows_that_do_not_matter_to_each_other_give_gptq(rows: int) -> None:
     column, option, format = _positive(24, 2, 4).float(), Option(3, 8), Integer()
     plain = Curvature(column=column, tokens=1)
     even = Curvature(column=column, row=7 * torch.eye(rows).expand(2, -1, -1), tokens=1)
-    gptq, both = GPTQ(), TwoSided(block_size=10)
+    gptq, both = GPTQ(refine=0), TwoSided(block_size=10)
     expected = gptq.quantize(weight, gptq.prepare(plain), format, option)
     for curvature in (plain, even):
         found = both.quantize(weight, both.prepare(curvature), format, option)
