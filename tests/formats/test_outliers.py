@@ -94,7 +94,7 @@ def test_outliers_leave_no_error_to_later_columns() -> None:
     column = _hessian(1, 32)
     column[:, 5] *= 1000  # the first in the order of columns, and all that costs anything
     column[:, :, 5] *= 1000
-    quantizer, format = GPTQ(), Outliers(inner=Integer(clip_steps=0), share=1 / 32)
+    quantizer, format = GPTQ(refine=0), Outliers(inner=Integer(clip_steps=0), share=1 / 32)
     factors = quantizer.prepare(Curvature(column=column, tokens=64))
     results = []
     for kept in (0.3125, 0.625):  # exact in 16 bits
