@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aptq.api import AptqError, Curvature, EntryGrid, Format, Grid, Option, RefitGrid, Rounded, TunedGrid
+from aptq.api import AptqError, Curvature, Format, Grid, Option, RefitGrid, Rounded, TunedGrid
 
 _SMALL = 256  # triangular matrices up to this size are inverted by substitution
 
@@ -63,7 +63,7 @@ class Damping:
 
 
 _PASSES = 3
-"""Of refinement where none are asked for or ruled out: more win a tenth as much again (docs/quantizers.md)."""
+"""Of refinement, unless told otherwise: more win a tenth as much again (docs/quantizers.md)."""
 
 
 def check_loop(block_size: int, refine: int | None = 0) -> None:
@@ -143,8 +143,8 @@ def round_weight(
 
     The grid is fitted to ``weight`` beforehand and in the natural order of columns, so that what is stored knows
     nothing of the order. A grid that learns from a run (``aptq.api.RefitGrid``) gets more of them. ``refine`` passes of
-    ``refine_columns`` follow (None: some where each weight has a code of its own; choosing those of several at once
-    takes too long for what is won), and then a grid may fit its parameters to the codes (``aptq.api.TunedGrid``).
+    ``refine_columns`` follow (None: some, but for grids that learn, whose runs win as much), and then a grid may fit its
+    parameters to the codes (``aptq.api.TunedGrid``).
     """
     by_head = weight.float().reshape(factors.order.shape[0], -1, weight.shape[-1])
     target = by_head.transpose(1, 2).contiguous()  # [heads, in, rows]
@@ -154,7 +154,7 @@ def round_weight(
         run = _run(target, factors, refitted, block_size, pull)
         best = run if run.objective < best.objective else best
     codes, grid = best.codes, best.grid
-    passes = refine if refine is not None else _PASSES if isinstance(grid, EntryGrid) else 0
+    passes = refine if refine is not None else 0 if isinstance(grid, RefitGrid) else _PASSES
     if passes:
         rounded = format.dequantize(grid.finish(codes), option)
         values = rounded.reshape(by_head.shape).transpose(1, 2).contiguous()

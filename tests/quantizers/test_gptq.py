@@ -91,7 +91,7 @@ def test_refinement_lowers_the_objective() -> None:
     assert errors[2] <= errors[1] < errors[0]
 
 
-def test_codes_of_single_weights_are_refined_and_those_of_several_are_not_unless_asked() -> None:
+def test_codes_are_refined_but_those_of_grids_that_learn_unless_asked() -> None:
     column, weight = _hessian(48, seed=5), torch.randn(32, 48)
     for format, option, passes in ((Integer(), Option(3, 16), 3), (Vector(), Option(2, -1), 0)):
         found = [
