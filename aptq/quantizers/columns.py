@@ -143,8 +143,8 @@ def round_weight(
 
     The grid is fitted to ``weight`` beforehand and in the natural order of columns, so that what is stored knows
     nothing of the order. A grid that learns from a run (``aptq.api.RefitGrid``) gets more of them. ``refine`` passes of
-    ``refine_columns`` follow (None: some, but for grids that learn, whose runs win as much), and then a grid may fit its
-    parameters to the codes (``aptq.api.TunedGrid``).
+    ``refine_columns`` follow (None: some, but for grids that learn, whose runs win as much), and then a grid may fit
+    its parameters to the codes (``aptq.api.TunedGrid``).
     """
     by_head = weight.float().reshape(factors.order.shape[0], -1, weight.shape[-1])
     target = by_head.transpose(1, 2).contiguous()  # [heads, in, rows]
