@@ -188,6 +188,9 @@ def evaluate(config: DictConfig | Sequence[str]) -> dict[str, dict[str, float]]:
     output = None if plain["output"] is None else Path(plain["output"])
     if output is not None and output.exists():
         raise AptqError(f"output={output} exists already; remove it or choose another file with output=...")
+    if output is not None:
+        with disk_errors(output, "the measures"):  # before any work is lost
+            output.parent.mkdir(parents=True, exist_ok=True)
     data = to_settings(DataSettings, plain["data"], "data")
     evaluator = registry.build("evaluator", plain["evaluator"])
     check_data(data, calibrate=False, evaluate=needs_texts(evaluator))
@@ -206,8 +209,6 @@ def evaluate(config: DictConfig | Sequence[str]) -> dict[str, dict[str, float]]:
         )
     if output is not None and fabric.global_rank == 0:
         record = {**measures, "backends": chosen_backends(model), "versions": versions(), "config": plain}
-        with disk_errors(output, "the measures"):
-            output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, finite(record), "the measures")
     return measures
 

@@ -60,6 +60,12 @@ ROWS: dict[str, list[str]] = {
     "loss": ["hessian=loss"],
     "loss, refined": ["hessian=loss", "quantizer.refine=3"],
 }
+_OTHERWISE = ("quantizer.refine=", "quantizer=foem", "quantizer=two_sided", "experiment=")
+"""What says how often codes are refined, or cannot be asked to."""
+ROWS = {
+    row: words if any(word.startswith(_OTHERWISE) for word in words) else [*words, "quantizer.refine=0"]
+    for row, words in ROWS.items()
+}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -74,7 +80,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
     """Yield the runs that were asked for."""
     for bits, seed, row in product(options.bits, options.seeds, options.rows):
-        words = ["allocator=uniform", *_unrefined(ROWS[row]), f"allocator.bits={bits}", "format.group_size=64"]
+        words = ["allocator=uniform", *ROWS[row], f"allocator.bits={bits}", "format.group_size=64"]
         yield Job(
             row=row,
             fields={"bits": bits},
@@ -83,12 +89,6 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
             seed=seed,
             baseline=row == REFERENCE,
         )
-
-
-def _unrefined(words: Sequence[str]) -> list[str]:
-    """Return a row's words, and that there is no refinement unless it says so: rows differ in what they name alone."""
-    chosen = ("quantizer.refine=", "quantizer=foem", "quantizer=two_sided", "experiment=")  # or has no such option
-    return [*words] if any(word.startswith(chosen) for word in words) else [*words, "quantizer.refine=0"]
 
 
 def table(record: Mapping[str, Any], bits: int) -> tuple[list[str], list[list[str]]]:

@@ -85,10 +85,11 @@ _ROTATED = (
     *("gradient, absolute (AutoRound's score)", AUTOROUND, MODELOPT, MODELOPT_APART, TRELLIS),
 )
 ROWS |= {f"{row}, {ROTATED}": [*ROWS[row], "transform=hadamard"] for row in _ROTATED}
+ROWS[f"{MIXED}, {ROTATED}"] = [*(word for word in ROWS[MIXED] if word != _PREDICTED), "transform=hadamard"]
 REFINED = "refined"
 """The same with refinement, the default, which no other row has."""
-ROWS |= {f"{row}, {ROTATED}, {REFINED}": ROWS[f"{row}, {ROTATED}"] for row in (UNIFORM, "output (default)")}
-ROWS[f"{MIXED}, {ROTATED}"] = [*(word for word in ROWS[MIXED] if word != _PREDICTED), "transform=hadamard"]
+_REFINED = {f"{row}, {ROTATED}, {REFINED}": ROWS[f"{row}, {ROTATED}"] for row in (UNIFORM, "output (default)")}
+ROWS = {row: [*words, "quantizer.refine=0"] for row, words in ROWS.items()} | _REFINED
 
 _OWN = {
     AUTOROUND: peer_plans.AUTOROUND,
@@ -143,7 +144,6 @@ def jobs(options: argparse.Namespace, folder: Path) -> Iterator[Job]:
                 words=[
                     *job,
                     *audit,
-                    *([] if row.endswith(REFINED) else ["quantizer.refine=0"]),
                     *([] if {"format=mixed", "format=trellis"} & {*job} else ["format.group_size=64"]),
                 ],
                 overrides=ROWS[row],

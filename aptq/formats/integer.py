@@ -13,7 +13,7 @@ from torch import Tensor
 from aptq import packing
 from aptq.api import AptqError, Option, QuantizedWeight
 from aptq.formats.grouped import GroupedGrid, check_fields, check_group, split_groups
-from aptq.formats.scale_tuning import refitted
+from aptq.formats.scale_tuning import tuned_scales
 from aptq.formats.scales import (
     pack_scales,
     read_scales,
@@ -241,7 +241,7 @@ class IntegerGrid(GroupedGrid):
         scale, zero = self.parameters
         levels = codes - self._columns[1]
         stored = partial(rounded_scale, scale_dtype=self.format.scale_dtype, unit=self.unit)
-        (found,) = refitted([scale], [levels], self.group, target, hessian, stored)
+        (found,) = tuned_scales([scale], [levels], self.group, target, hessian, stored)
         return replace(self, parameters=(found, zero))
 
     def finish(self, codes: Tensor) -> QuantizedWeight:

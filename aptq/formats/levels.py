@@ -13,7 +13,7 @@ from torch import Tensor
 from aptq import packing
 from aptq.api import AptqError, Option, QuantizedWeight
 from aptq.formats.grouped import GroupedGrid, check_fields, check_group, split_groups
-from aptq.formats.scale_tuning import refitted
+from aptq.formats.scale_tuning import tuned_scales
 from aptq.formats.scales import (
     BLOCK_SCALES,
     pack_scales,
@@ -272,10 +272,10 @@ class LevelGrid(GroupedGrid):
         levels, none = self.levels[codes.long()], self.levels.new_zeros(())
         stored = partial(rounded_scale, scale_dtype=self.format.scale_dtype, unit=self.unit)
         if not self.format.asymmetric:
-            (found,) = refitted([above], [levels], self.group, target, hessian, stored)
+            (found,) = tuned_scales([above], [levels], self.group, target, hessian, stored)
             return replace(self, parameters=(found, found))
         sides = [torch.where(levels < 0, levels, none), torch.where(levels < 0, none, levels)]
-        return replace(self, parameters=tuple(refitted([below, above], sides, self.group, target, hessian, stored)))
+        return replace(self, parameters=tuple(tuned_scales([below, above], sides, self.group, target, hessian, stored)))
 
     def finish(self, codes: Tensor) -> QuantizedWeight:
         """Bind codes ``[heads, in, rows]`` to the scales, columns back in their natural order."""

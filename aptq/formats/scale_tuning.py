@@ -23,7 +23,7 @@ _AT_ONCE = 1 << 25
 """Entries of ``A`` that are held at a time."""
 
 
-def refitted(
+def tuned_scales(
     scales: Sequence[Tensor],
     parts: Sequence[Tensor],
     group: Tensor,

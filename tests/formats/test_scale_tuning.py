@@ -8,7 +8,7 @@ from aptq.api import Curvature, Option, RoundableFormat
 from aptq.formats.asymmetric_float import AsymmetricFloat
 from aptq.formats.float import Float
 from aptq.formats.integer import Integer
-from aptq.formats.scale_tuning import refitted
+from aptq.formats.scale_tuning import tuned_scales
 from aptq.quantizers.gptq import GPTQ
 
 HEADS, INPUTS, ROWS, WIDTH = 2, 10, 5, 4  # the last group has two inputs
@@ -44,7 +44,7 @@ def losses(scales: list[Tensor], parts: list[Tensor], target: Tensor, hessian: T
 @pytest.mark.parametrize("parts", [1, 2])
 def test_scales_are_those_of_dense_least_squares(parts: int) -> None:
     scales, unscaled, target, hessian = problem(parts)
-    found = refitted(scales, unscaled, GROUP, target, hessian, lambda scale: scale)
+    found = tuned_scales(scales, unscaled, GROUP, target, hessian, lambda scale: scale)
     member = torch.nn.functional.one_hot(GROUP[0], GROUPS).double()  # [in, groups]
     for head in range(HEADS):
         root = torch.linalg.cholesky(hessian[head]).T
@@ -59,15 +59,17 @@ def test_scales_are_those_of_dense_least_squares(parts: int) -> None:
 
 def test_many_rows_are_solved_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     scales, unscaled, target, hessian = problem(2)
-    whole = refitted(scales, unscaled, GROUP, target, hessian, lambda scale: scale)
+    whole = tuned_scales(scales, unscaled, GROUP, target, hessian, lambda scale: scale)
     monkeypatch.setattr("aptq.formats.scale_tuning._AT_ONCE", 2 * (2 * GROUPS) ** 2)
-    for one, other in zip(refitted(scales, unscaled, GROUP, target, hessian, lambda scale: scale), whole, strict=True):
+    for one, other in zip(
+        tuned_scales(scales, unscaled, GROUP, target, hessian, lambda scale: scale), whole, strict=True
+    ):
         torch.testing.assert_close(one, other)
 
 
 def test_rows_that_would_lose_by_rounding_keep_their_scales() -> None:
     scales, unscaled, target, hessian = problem(1)
-    coarse = refitted(scales, unscaled, GROUP, target, hessian, lambda scale: (scale / 2).ceil() * 2)
+    coarse = tuned_scales(scales, unscaled, GROUP, target, hessian, lambda scale: (scale / 2).ceil() * 2)
     before, after = (losses(each, unscaled, target, hessian) for each in (scales, coarse))
     assert (after <= before).all()
     kept = (coarse[0] == scales[0]).all(1)
@@ -79,7 +81,7 @@ def test_scales_that_nothing_depends_on_and_negative_ones_stay() -> None:
     scales, unscaled, target, hessian = problem(1)
     unscaled[0][0, :WIDTH, 0] = 0  # a group of zeros
     target[1] = -values([torch.ones_like(scales[0])], unscaled)[1]  # the best scales are negative
-    (found,) = refitted(scales, unscaled, GROUP, target, hessian, lambda scale: scale)
+    (found,) = tuned_scales(scales, unscaled, GROUP, target, hessian, lambda scale: scale)
     torch.testing.assert_close(found[0, 0, 0], scales[0][0, 0, 0])
     assert (found > 0).all()
 
