@@ -121,6 +121,22 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option that runs slow tests."""
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow, too")
+    parser.addoption("--seed", type=int, default=0, help="what torch is seeded with before every test (default: 0)")
+
+
+class _Seeded:
+    """Every test draws the same numbers, whatever ran before it; another ``--seed`` finds those that pass by luck."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def pytest_runtest_setup(self) -> None:
+        torch.manual_seed(self._seed)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Seed all tests, those of the plugins as well: a hook of this file alone is not called for other folders."""
+    config.pluginmanager.register(_Seeded(config.getoption("--seed")))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
