@@ -28,7 +28,7 @@ class Outliers:
     Which they are is decided on the weight as it is: those of the largest ``h_j (w_ij - q_ij)^2``, with ``q`` the
     nearest value of ``inner`` and ``h_j`` the importance of the input (1 without one): ``H_jj`` under
     ``quantizer=nearest``, what an error costs once later columns have made up for it under those that feed errors back
-    (``1 / U_jj^2``, see ``aptq.quantizers.columns``). Then ``inner`` is fitted anew
+    (``1 / U_jj^2``, see ``aptq.quantizers.factors``). Then ``inner`` is fitted anew
     with the mean of their group's other weights in their place, so that they do not widen its range. What is stored is
     the weight that the quantizer has come to at their place, rounded to 16 bits.
 

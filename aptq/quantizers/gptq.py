@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from aptq.api import Curvature, Format, Option, Rounded
-from aptq.quantizers.columns import Damping, Feedback, check_loop, factorize, round_weight
+from aptq.quantizers.columns import check_loop, round_weight
+from aptq.quantizers.factors import Damping, Feedback, factorize
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from aptq.api import AptqError, Curvature, EntryGrid, Format, Option, Rounded
-from aptq.quantizers.columns import Damping, Feedback, check_loop, factorize, round_weight, unit_factor
+from aptq.quantizers.columns import check_loop, round_weight
+from aptq.quantizers.factors import Damping, Feedback, factorize, unit_factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +38,8 @@ class TwoSided:
 
     which depends on errors above and to the left alone, so that all ``(r, c)`` with the same ``r + c`` are rounded at
     once. ``act_order`` takes columns, and rows within their head, by falling curvature. Layers whose curvature has no
-    rows are rounded as ``quantizer=gptq`` does; the options of that apply, with ``row_damping`` for the rows, and
-    ``block_size`` columns are crossed before what follows them is updated.
+    rows are rounded as ``quantizer=gptq`` does with ``refine=0``; the options of that apply, with ``row_damping`` for
+    the rows, and ``block_size`` columns are crossed before what follows them is updated.
     """
 
     damping: float = 0.15

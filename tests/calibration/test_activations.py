@@ -19,7 +19,7 @@ from aptq.hessians.attention import Attention
 from aptq.hessians.input import Input
 from aptq.models import open_model
 from aptq.models.structure import LinearLayer
-from aptq.quantizers.columns import Feedback
+from aptq.quantizers.factors import Feedback
 from aptq.quantizers.gptq import GPTQ
 from aptq.settings import ModelSettings
 from tests.calibration.memory import Memory

@@ -18,7 +18,7 @@ from aptq.formats.integer import Integer
 from aptq.hessians.attention import Attention
 from aptq.hessians.input import Input
 from aptq.models import open_model
-from aptq.quantizers.columns import Feedback
+from aptq.quantizers.factors import Feedback
 from aptq.quantizers.gptaq import GPTAQ, GPTAQFactors
 from aptq.quantizers.gptq import GPTQ
 from aptq.quantizers.nearest import Nearest

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from aptq.api import AptqError, Curvature, DriftQuantizer, Option
 from aptq.formats.integer import Integer
-from aptq.quantizers.columns import Damping, factorize
+from aptq.quantizers.factors import Damping, factorize
 from aptq.quantizers.gptaq import GPTAQ, target_shift
 from aptq.quantizers.gptq import GPTQ
 from aptq.testing import check_quantizer

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from aptq.api import AptqError, Curvature, Option
 from aptq.formats.integer import Integer
-from aptq.quantizers.columns import Damping, inverse_factor
+from aptq.quantizers.factors import Damping, inverse_factor
 from aptq.quantizers.gptq import GPTQ
 from aptq.quantizers.two_sided import TwoSided, round_both_ways
 from aptq.testing import check_quantizer
