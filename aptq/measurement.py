@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from aptq.api import (
@@ -15,6 +15,7 @@ from aptq.api import (
     MeasuringAllocator,
     Option,
     PlanJudge,
+    Quantizer,
 )
 from aptq.api.allocation import units_of
 from aptq.calibration.guidance import STAGE as GRADIENTS
@@ -53,15 +54,16 @@ class Measurement:
     ) -> None:
         self._experiment, self._walk, self._stages = experiment, walk, stages
         self._options, self._fused = options, fused
-        metric, prefix, quantizer = experiment.metric, experiment.measure_option, experiment.quantizer
+        metric, prefix = experiment.metric, experiment.measure_option
+        quantizer, called = _in_pass_1(experiment)
         self._judges = bool(experiment.audit) or isinstance(experiment.allocator, MeasuringAllocator)
         errors = tuple(options) if metric.needs_errors or self._judges else ()
         config = experiment.config
-        rounded = [config["quantizer"], config["format"], config.get("transform"), errors, prefix]
+        rounded = [called, config["format"], config.get("transform"), errors, prefix]
         self._parts = {**measured(experiment, walk), "rounding": rounded if errors or prefix else None}
         self._held = ExitStack()
         self._rounding = Rounding(
-            quantizer=quantizer.draft if isinstance(quantizer, DraftQuantizer) else quantizer,
+            quantizer=quantizer,
             format=experiment.format,
             errors=errors,
             prefix=prefix,
@@ -190,6 +192,20 @@ class Measurement:
 
     def _cache(self, more: Mapping[str, Any]) -> StatisticsCache:
         return StatisticsCache(self._experiment.cache_dir / "statistics", content_key({**self._parts, **more}))
+
+
+def _in_pass_1(experiment: Experiment) -> tuple[Quantizer, dict[str, Any]]:
+    """Return the quantizer that pass 1 rounds with, and what it is called in a key of the cache.
+
+    Quantizers of one draft measure the same.
+    """
+    quantizer, config = experiment.quantizer, experiment.config["quantizer"]
+    if not isinstance(quantizer, DraftQuantizer):
+        return quantizer, config
+    draft: Any = quantizer.draft
+    if is_dataclass(draft) and not isinstance(draft, type):
+        config = {"name": config["name"], **asdict(draft)}
+    return draft, config
 
 
 def _filled(cache: StatisticsCache, walk: Walk) -> Mapping[str, LayerStatistics]:

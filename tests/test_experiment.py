@@ -495,15 +495,16 @@ def test_plans_that_cannot_be_made_are_refused(
 def test_statistics_are_cached_by_the_rounded_blocks_they_were_measured_behind(
     overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """In full precision, behind 4 bits, behind 4 bits of another quantizer; then the second once more."""
-    walks = ([], ["measure_bits=4"], ["measure_bits=4", "quantizer=nearest"], ["measure_bits=4", "allocator.ratio=0.3"])
+    """In full precision, behind 4 bits, behind 4 bits of another quantizer; then the second once more, and refined."""
+    again = ["allocator.ratio=0.3"], ["quantizer.refine=2"]
+    walks = ([], *(["measure_bits=4", *more] for more in ([], ["quantizer=nearest"], *again)))
     traces, cached = [], []
     for number, more in enumerate(walks):
         run = aptq.quantize(overrides("evaluator=none", "metric=trace", *more, folder=str(number)))
         traces.append({report.name: report.predicted_cost * 4.0**report.bits for report in run.layers()})
         cached.append(len(list((tmp_path / "cache" / "statistics").iterdir())))
-    assert cached == [1, 2, 3, 3]
-    assert traces[1] == traces[3]
+    assert cached == [1, 2, 3, 3, 3]
+    assert traces[1] == traces[3] == traces[4]
     for name in traces[0]:
         assert len({each[name] for each in traces}) == (1 if ".layers.0." in name else 3)
 
