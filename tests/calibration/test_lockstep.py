@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,8 @@ def test_the_block_can_be_run_on_the_side() -> None:
 
 def test_two_sets_of_batches_go_through_one_block() -> None:
     """One is a layer ahead: it has passed each layer before that is rounded, and ends as the block was."""
-    step, other = _step(_Chain()), _step(_Chain())
+    chain = _Chain()
+    step, other = _step(chain), _step(deepcopy(chain))
     beside = Step(block=step.block, inputs=[replace(batch, hidden=2 * batch.hidden) for batch in step.inputs])
     with torch.no_grad():
         expected = [batch.run(step.block.module) for batch in beside.inputs]

@@ -99,7 +99,8 @@ def test_every_output_is_written_and_nothing_else(monkeypatch: pytest.MonkeyPatc
             with monkeypatch.context() as patch:
                 patch.setattr(torch.Tensor, "new_empty", poisoned)
                 y = kernels.many(x, layer) if many else kernels.multiply(x, layer, 3)
-            torch.testing.assert_close(y.double(), x.double() @ dense.T, rtol=1e-5, atol=1e-4)
+            room = 1e-6 * x.double().abs() @ dense.abs().T  # a few roundings of float32 in each term
+            assert bool(((y.double() - x.double() @ dense.T).abs() <= room).all())
             assert guarded[[0, 2, 3, 4]].isnan().all()
             assert guarded[1].view(-1)[3 * out_features :].isnan().all()
 
