@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from environments import Environment
+from peer_plans import AUTOROUND
 
 PEERS = Path(__file__).resolve().parent / "peers"
 
@@ -65,12 +66,14 @@ class Contestant(Protocol):
 
 
 @dataclass
-class LlmCompressor:
-    """llm-compressor's GPTQ with its defaults: static activation order, block-sequential, compressed on disk."""
+class Peer:
+    """Somebody else's quantizer, with its defaults: a script in ``peers/`` that an environment of its own runs."""
 
-    name: str = "llm-compressor"
+    name: str
+    environment: Environment
+    script: str  # with the subcommands ``quantize`` and ``dump``
+    options: Sequence[str] = ()  # of ``quantize``
     isolated: bool = True
-    environment: Environment = Environment("llmcompressor", ["llmcompressor==0.14.0.1"])
     python: Path | None = None
 
     def prepare(self, cache: Path) -> None:
@@ -84,28 +87,40 @@ class LlmCompressor:
             "tokens": job.tokens,
             "bits": job.bits,
             "group-size": job.group_size,
+            "seed": job.seed,
             "threads": job.threads,
             "output": folder / "model",
             "record": folder / "record.json",
         }
-        return [*self._script(), "quantize", *(f"--{name}={value}" for name, value in options.items())]
+        told = (f"--{name}={value}" for name, value in options.items())
+        return [*self._command(), "quantize", *told, *self.options]
 
     def stages(self, folder: Path) -> Stages:
         """Read what the script wrote."""
         return Stages(**json.loads((folder / "record.json").read_text(encoding="utf-8")))
 
     def checkpoint(self, folder: Path) -> Path:
-        """Return the compressed-tensors folder."""
+        """Return the folder that its own format was saved in."""
         return folder / "model"
 
     def dump(self, folder: Path, output: Path) -> list[str]:
         """Return the command of its script's ``dump``."""
-        return [*self._script(), "dump", f"--model={self.checkpoint(folder)}", f"--output={output}"]
+        return [*self._command(), "dump", f"--model={self.checkpoint(folder)}", f"--output={output}"]
 
-    def _script(self) -> list[str]:
+    def _command(self) -> list[str]:
         if self.python is None:
             raise RuntimeError("prepare() comes first: it makes the environment")
-        return [str(self.python), str(PEERS / "llmcompressor_gptq.py")]
+        return [str(self.python), str(PEERS / self.script)]
+
+
+def peers() -> list[Peer]:
+    """Return llm-compressor's GPTQ, and AutoRound's rounding by its default recipe and by its light one."""
+    compressor, rounds = Environment("llmcompressor", ["llmcompressor==0.14.0.1"]), AUTOROUND.environment
+    return [
+        Peer("llm-compressor", compressor, "llmcompressor_gptq.py"),
+        Peer("auto-round", rounds, "autoround_tuning.py"),
+        Peer("auto-round-light", rounds, "autoround_tuning.py", ["--steps=50", "--rate=0.005"]),
+    ]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""GPTQ side by side: aptq and llm-compressor on the same model, samples, bits, dtype and threads.
+"""The same width everywhere, side by side: aptq and its peers on the same model, samples, bits, dtype and threads.
 
     python benchmarks/gptq_peers.py --model smollm2 --calibration c4/calibration.jsonl \\
         --evaluation c4=c4/validation.jsonl wikitext2=wikitext2/test.txt
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from contestants import Aptq, Contestant, Job, LlmCompressor, Stages
+from contestants import Aptq, Contestant, Job, Stages, peers
 from environments import DEFAULT_CACHE, clean_environment
 from measured import Measurement, run_measured
 from provenance import commit
@@ -84,7 +84,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=machine.usable_cores(), help="of every contestant")
-    parser.add_argument("--contestants", default="aptq,llm-compressor", help="who takes part, separated by commas")
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        default=["aptq", "llm-compressor"],
+        choices=["aptq", *(peer.name for peer in peers())],
+        help="who takes part (default: aptq llm-compressor); auto-round takes hours on a CPU",
+    )
     parser.add_argument("--override", nargs="*", default=[], help="further overrides of aptq's config")
     parser.add_argument("--work", type=Path, help="folder for models and logs, kept (default: a temporary one)")
     parser.add_argument("--environments", type=Path, default=DEFAULT_CACHE, help="where peers are installed")
@@ -181,8 +187,8 @@ def main() -> None:
     described = machine.describe()
     if machine.is_busy(described):
         console.print("[yellow]The machine is busy with something else: timings will be rough.[/]")
-    known: dict[str, Contestant] = {"aptq": Aptq(overrides=options.override), "llm-compressor": LlmCompressor()}
-    contestants = [known[name] for name in options.contestants.split(",")]
+    known: dict[str, Contestant] = {each.name: each for each in (Aptq(overrides=options.override), *peers())}
+    contestants = [known[name] for name in options.contestants]
     with work_folder(options.work) as work:
         console.print("Preparing the model, the samples and the environments ...")
         shape = prepare(options, work)
@@ -227,7 +233,8 @@ def command_line(options: argparse.Namespace) -> str:
         f"python benchmarks/gptq_peers.py --model {Path(options.model).name} --calibration {options.calibration.name} "
         f"--evaluation {texts} --bits {options.bits} --group-size {options.group_size} --samples {options.samples} "
         f"--length {options.length} --sequences {options.sequences} --seed {options.seed} --repeats {options.repeats} "
-        f"--threads {options.threads}" + "".join(f" --override {override}" for override in options.override)
+        f"--threads {options.threads} --contestants {' '.join(options.contestants)}"
+        + "".join(f" --override {override}" for override in options.override)
     )
 
 

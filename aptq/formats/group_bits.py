@@ -12,8 +12,8 @@ from torch import Tensor
 
 from aptq.api import AptqError, Format, FormatSet, Option, QuantizedWeight, RoundableFormat
 from aptq.formats.group_choice import Choice, fits, least_cost
-from aptq.formats.group_grid import GroupBitsGrid, Part, coded_apart, columns_of, part_of
-from aptq.formats.grouped import split_groups
+from aptq.formats.group_grid import AROUND, GroupBitsGrid, Part, columns_of, part_of
+from aptq.formats.grouped import coded_apart, split_groups
 from aptq.packing import UNIT
 
 WIDTHS = "group_widths"
@@ -95,7 +95,8 @@ class GroupBits:
         if option not in self._tried:
             with torch.device("cpu"):  # whatever the caller makes: layers are made on meta first
                 for bits in sizes:
-                    coded_apart(self._format(bits).fit(torch.zeros(1, 1, UNIT), replace(option, bits=bits)))
+                    grid = self._format(bits).fit(torch.zeros(1, 1, UNIT), replace(option, bits=bits))
+                    coded_apart(grid, AROUND)
             self._tried.add(option)
 
     @cached_property
@@ -140,7 +141,7 @@ class GroupBits:
         for bits, columns in columns_of(chosen.widths, chosen.members):
             weighed = None if importance is None else importance[:, columns]
             grid = self._format(bits).fit(weight[..., columns], replace(option, bits=bits), weighed)
-            parts.append(Part(bits=bits, columns=columns, grid=coded_apart(grid)))
+            parts.append(Part(bits=bits, columns=columns, grid=coded_apart(grid, AROUND)))
         return GroupBitsGrid.around(parts, weight.shape[0], self._told(chosen))
 
     def _members(self, weight: Tensor, option: Option, importance: Tensor | None) -> list[Tensor]:
@@ -198,7 +199,7 @@ class GroupBits:
             if not isinstance(format, RoundableFormat):
                 raise AptqError(f"{format} does not give back the grid of a stored weight.")
             grid = format.grid(part_of(quantized, bits, columns), replace(option, bits=bits))
-            parts.append(Part(bits=bits, columns=columns, grid=coded_apart(grid)))
+            parts.append(Part(bits=bits, columns=columns, grid=coded_apart(grid, AROUND)))
         told = {name: quantized.parameters[name] for name in (WIDTHS, MEMBERS) if name in quantized.parameters}
         return GroupBitsGrid.around(parts, 1, told)
 

@@ -9,7 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from aptq.api import AptqError, EntryGrid, QuantizedWeight
+from aptq.api import EntryGrid, QuantizedWeight
+from aptq.formats.grouped import coded_apart
+
+AROUND = "group_bits"
+"""What the format is called."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -63,7 +67,7 @@ class GroupBitsGrid:
             mine = part == number
             local = before[mine].view(len(order), -1)  # all heads have as many of them
             place[mine] = torch.arange(local.shape[1], device=order.device).repeat(len(order))
-            parts.append(replace(each, grid=coded_apart(each.grid.permuted(local))))
+            parts.append(replace(each, grid=coded_apart(each.grid.permuted(local), AROUND)))
         return replace(self, parts=tuple(parts), part=part, place=place)
 
     @cached_property
@@ -121,13 +125,6 @@ class GroupBitsGrid:
             natural[:, part.columns] = finished.codes.to(torch.int32)
             parameters |= {f"{part.bits}.{name}": tensor for name, tensor in finished.parameters.items()}
         return QuantizedWeight(codes=natural, parameters=parameters)
-
-
-def coded_apart(grid: object) -> EntryGrid:
-    """Return a grid that codes each weight by itself; raise ``AptqError`` for another."""
-    if not isinstance(grid, EntryGrid):
-        raise AptqError("format=group_bits needs a format.inner that codes each weight by itself, such as integer.")
-    return grid
 
 
 def part_of(quantized: QuantizedWeight, bits: int, columns: Tensor) -> QuantizedWeight:

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from aptq.api import AptqError, Option
+from aptq.api import AptqError, EntryGrid, Option, TunedGrid
 from aptq.formats.scales import SCALE_DTYPES
 
 
@@ -30,6 +30,19 @@ def check_group(option: Option) -> None:
     """Raise ``AptqError`` for a group size that is none."""
     if option.group_size != -1 and option.group_size < 1:
         raise AptqError(f"A group size is -1 (a whole row) or positive; got group_size={option.group_size}.")
+
+
+def coded_apart(grid: object, around: str) -> EntryGrid:
+    """Return a grid that a format ``around`` it can use: of weights that are coded each by itself, and never tuned.
+
+    Raises:
+        AptqError: the grid is another.
+    """
+    if not isinstance(grid, EntryGrid):
+        raise AptqError(f"format={around} needs a format.inner that codes each weight by itself, such as integer.")
+    if isinstance(grid, TunedGrid) and grid.tunes:
+        raise AptqError(f"format={around} does not tune the parameters of format.inner; leave its finetune out.")
+    return grid
 
 
 def split_groups(values: Tensor, option: Option) -> list[Tensor]:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from aptq.api import AptqError, EntryGrid, Format, FormatSet, Option, QuantizedWeight, RoundableFormat
-from aptq.formats.grouped import by_output, index_dtype, split_groups
+from aptq.formats.grouped import by_output, coded_apart, index_dtype, split_groups
 from aptq.formats.scales import FLOATS
 
+_AROUND = "outliers"
 _VALUE_DTYPES = ("float16", "bfloat16")
 _FIRST = 1 << 16
 """Codes from here on are outliers, their 16 bits added: above every code that a format has."""
@@ -66,7 +67,7 @@ class Outliers:
             raise AptqError("format.inner keeps outliers itself; use one format=outliers with a larger share.")
         if option not in self._tried:
             with torch.device("cpu"):  # whatever the caller makes: layers are made on meta first
-                _coded_apart(self.inner.fit(torch.zeros(1, 32, 32), option))
+                coded_apart(self.inner.fit(torch.zeros(1, 32, 32), option), _AROUND)
             self._tried.add(option)
 
     @cached_property
@@ -103,7 +104,7 @@ class Outliers:
 
     def _around(self, inner: object, mask: Tensor) -> OutlierGrid:
         order = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape[0], -1)
-        return OutlierGrid(_coded_apart(inner), mask, order, FLOATS[self.value_dtype])
+        return OutlierGrid(coded_apart(inner, _AROUND), mask, order, FLOATS[self.value_dtype])
 
     def _count(self, weights: int) -> int:
         return round(self.share * weights)
@@ -151,7 +152,7 @@ class OutlierGrid:
         """Return the grid with position ``j`` of head ``h`` being this grid's column ``order[h, j]``."""
         return replace(
             self,
-            inner=_coded_apart(self.inner.permuted(order)),
+            inner=coded_apart(self.inner.permuted(order), _AROUND),
             mask=self.mask.gather(1, order.unsqueeze(-1).expand_as(self.mask)),
             order=self.order.gather(1, order),
         )
@@ -186,13 +187,6 @@ class OutlierGrid:
             VALUES: torch.where(bits >= 1 << 15, bits - _FIRST, bits).to(torch.int16).view(self.dtype),
         }
         return replace(inner, parameters={**inner.parameters, **sparse})
-
-
-def _coded_apart(grid: object) -> EntryGrid:
-    """Return a grid that codes each weight by itself; raise ``AptqError`` for another."""
-    if not isinstance(grid, EntryGrid):
-        raise AptqError("format=outliers needs a format.inner that codes each weight by itself, such as integer.")
-    return grid
 
 
 def _filled(weight: Tensor, mask: Tensor, option: Option) -> Tensor:

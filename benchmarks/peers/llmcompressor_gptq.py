@@ -10,7 +10,8 @@ import argparse
 import importlib.metadata
 import json
 import time
-from pathlib import Path
+
+from job_options import commands
 
 START = time.perf_counter()
 
@@ -60,7 +61,7 @@ def quantize(arguments: argparse.Namespace) -> None:
 
     packages = ("llmcompressor", "compressed-tensors", "torch", "transformers")
     record = {"seconds": seconds, "versions": {name: importlib.metadata.version(name) for name in packages}}
-    Path(arguments.record).write_text(json.dumps(record, indent=2), encoding="utf-8")
+    arguments.record.write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
 def dump(arguments: argparse.Namespace) -> None:
@@ -83,21 +84,7 @@ def dump(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Parse the command line and run one of the two subcommands."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    job = commands.add_parser("quantize")
-    job.add_argument("--model", required=True, help="folder of the full-precision model")
-    job.add_argument("--tokens", required=True, help="safetensors file with input_ids [samples, length]")
-    job.add_argument("--bits", type=int, required=True)
-    job.add_argument("--group-size", type=int, required=True)
-    job.add_argument("--threads", type=int, required=True)
-    job.add_argument("--output", required=True, help="folder of the compressed checkpoint")
-    job.add_argument("--record", required=True, help="JSON file for stage times and versions")
-    job.set_defaults(run=quantize)
-    judge = commands.add_parser("dump")
-    judge.add_argument("--model", required=True, help="folder of the compressed checkpoint")
-    judge.add_argument("--output", required=True, help="safetensors file of dense weights")
-    judge.set_defaults(run=dump)
+    parser, _ = commands(__doc__, quantize, dump)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -152,6 +152,8 @@ def test_what_reads_packed_codes_refuses_it_and_the_reference_takes_it() -> None
 def test_formats_that_cannot_be_inside_are_refused() -> None:
     with pytest.raises(AptqError, match="codes each weight by itself"):
         _format(Vector(normalize="none"), spread=0).check(Option(2, 64), (64, 128))
+    with pytest.raises(AptqError, match="leave its finetune out"):
+        _format(Integer(finetune=True)).check(OPTION, (64, 64))
     with pytest.raises(AptqError, match="put it around"):
         _format(Outliers(inner=Integer())).check(OPTION, (64, 64))
     with pytest.raises(AptqError, match="put it around"):

@@ -144,6 +144,8 @@ def test_what_reads_packed_codes_refuses_it_and_the_reference_takes_it() -> None
 def test_formats_that_cannot_be_around_are_refused() -> None:
     with pytest.raises(AptqError, match="codes each weight by itself"):
         Outliers(inner=Vector()).check(Option(2, -1), (64, 64))
+    with pytest.raises(AptqError, match="leave its finetune out"):
+        Outliers(inner=Integer(finetune=True)).check(OPTION, (64, 64))
     with pytest.raises(AptqError, match="keeps outliers itself"):
         Outliers(inner=Scaled(inner=Outliers(inner=Integer()))).check(OPTION, (64, 64))
     with pytest.raises(AptqError, match="several formats"):
