@@ -241,7 +241,7 @@ def command_line(options: argparse.Namespace) -> str:
 def write(record: dict[str, Any], options: argparse.Namespace) -> None:
     """Print the table; write the JSON and the Markdown page."""
     header, rows = gptq_rows(record)
-    console.print(as_rich(header, rows, title="GPTQ side by side"))
+    console.print(as_rich(header, rows, title="The same width everywhere, side by side"))
     for line in gptq_summary(record):
         console.print(line)
     if options.json:

@@ -80,7 +80,7 @@ def as_markdown(
 ) -> str:
     """Return the page with the comparison, the stages, the machine, the versions and the command."""
     paragraphs = [
-        "# GPTQ side by side",
+        "# The same width everywhere, side by side",
         _what(record),
         markdown_table(header, rows),
         "\n".join(f"- {line}" for line in summary),
@@ -116,8 +116,8 @@ def _what(record: dict[str, Any]) -> str:
     job, model = record["job"], record["model"]
     return (
         f"{model['name']} ({model['model_type']}, {model['blocks']} blocks, {model['quantized_weights'] / 1e6:.0f} M "
-        f"quantized weights) in float32, asymmetric integers, group size {job['group_size']}, static activation "
-        f"order, {job['samples']} calibration samples of {job['length']} tokens, the same token ids for all. "
+        f"quantized weights) in float32, asymmetric integers, group size {job['group_size']}, GPTQ with static "
+        f"activation order, {job['samples']} calibration samples of {job['length']} tokens, the same ids for all. "
         f"Perplexity of the saved checkpoints by one evaluator, {job['sequences']} sequences of {job['length']} tokens."
     )
 
