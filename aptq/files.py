@@ -26,6 +26,7 @@ from torch import Tensor
 
 from aptq.errors import AptqError
 
+_ELSEWHERE = "another place (run.dir=..., output=... of evaluate and export, cache_dir=... of what is measured once)"
 _LOGGER = logging.getLogger(__name__)
 _TEMPORARY = ".tmp-"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -133,12 +134,12 @@ def disk_errors(path: Path, what: str) -> Iterator[None]:
         if number in _FULL:
             raise AptqError(
                 f"Could not write {what} to {path}: {os.strerror(number)}; {_free(path)} are free there. What was "
-                "finished before is safe. Make room, or choose another place with run.dir=..., and start again."
+                f"finished before is safe. Make room, or choose {_ELSEWHERE}, and start again."
             ) from error
         if number in _REFUSED:
             raise AptqError(
                 f"Could not write {what} to {path}: {os.strerror(number)}. Give yourself the right to write there, or "
-                "choose another place with run.dir=..."
+                f"choose {_ELSEWHERE}."
             ) from error
         raise
 
