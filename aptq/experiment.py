@@ -14,7 +14,7 @@ from lightning.fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
 from aptq import registry
-from aptq.api import Backend, Exporter, Option
+from aptq.api import Backend, Exporter, Option, Quantizer
 from aptq.backends.select import installed_backends
 from aptq.basis import chosen_transform
 from aptq.benchmark import Benchmark, Result, run_benchmark
@@ -79,7 +79,7 @@ def build_experiment(config: DictConfig) -> Experiment:
     model = to_settings(ModelSettings, plain["model"], "model")
     return Experiment(
         model=model,
-        embedding=_embedding(model),
+        embedding=_embedding(model, components["quantizer"]),
         data=to_settings(DataSettings, plain["data"], "data"),
         run=run,
         **components,
@@ -114,8 +114,8 @@ _COMPONENTS = {
 }
 
 
-def _embedding(model: ModelSettings) -> TableCoding | None:
-    """Return how the input embedding is stored: by an integer grid, whatever the format of the layers is."""
+def _embedding(model: ModelSettings, quantizer: Quantizer) -> TableCoding | None:
+    """Return how the input embedding is stored: on an integer grid, whatever the format of the layers is."""
     bits, size = model.quantize_embeddings, model.embedding_group_size
     if bits is None:
         return None
@@ -125,7 +125,10 @@ def _embedding(model: ModelSettings) -> TableCoding | None:
         raise AptqError(f"model.embedding_group_size={size} is not allowed; use -1 (a whole row) or a positive size.")
     config: dict[str, Any] = {"name": "integer", "group_size": size, "symmetric": False, "scale_dtype": "float16"}
     return TableCoding(
-        format=registry.build("format", config), option=Option(bits, size, config["name"]), config=config
+        format=registry.build("format", config),
+        option=Option(bits, size, config["name"]),
+        config=config,
+        quantizer=quantizer,
     )
 
 

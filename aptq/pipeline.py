@@ -24,7 +24,8 @@ from aptq.api import (
     SensitivityMetric,
     Transform,
 )
-from aptq.calibration.embedding import TableCoding, behind_embedding
+from aptq.calibration.embedding import STAGE as EMBEDDING
+from aptq.calibration.embedding import TableCoding, behind_embedding, steps_of
 from aptq.calibration.guidance import STAGE as GRADIENTS
 from aptq.calibration.guidance import measure_guidance
 from aptq.calibration.quantize import STAGE as QUANTIZE
@@ -205,13 +206,21 @@ def _quantize(experiment: Experiment, walk: Walk, run: Run, stages: Stages, plan
         activation=experiment.activation,
         transform=experiment.transform,
     )
+    quantized = _behind_embedding(experiment, walk, stages)
     with stages(QUANTIZE, blocks, "block"):
-        quantized = behind_embedding(walk, experiment.embedding)
         reports = quantize(walk if recipe.prefix != "quantized" else quantized, recipe, run, experiment.callbacks)
     if experiment.fabric.global_rank == 0:
         run.write_layers_csv(reports)
         with stages("export"):
             _export(experiment, quantized, run, recipe)
+
+
+def _behind_embedding(experiment: Experiment, walk: Walk, stages: Stages) -> Walk:
+    """Return the walk with the embedding as it will be stored."""
+    if experiment.embedding is None:
+        return walk
+    with stages(EMBEDDING, steps_of(walk.source)):
+        return behind_embedding(walk, experiment.embedding, experiment.callbacks)
 
 
 def _export(experiment: Experiment, walk: Walk, run: Run, recipe: Recipe) -> None:

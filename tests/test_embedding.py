@@ -15,6 +15,7 @@ from aptq.embedding import PackedEmbedding
 from aptq.formats.float import Float
 from aptq.formats.integer import Integer
 from aptq.layer import PackedLinear, dense_weights
+from aptq.quantizers.nearest import Nearest
 
 FORMAT = Integer(group_size=32)
 
@@ -24,10 +25,10 @@ def make(
 ) -> tuple[PackedEmbedding, Tensor]:
     """Return an embedding of a random table, and the table that it stands for."""
     table = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    coding = TableCoding(format=FORMAT, option=option, config={"name": "integer"})
+    coding = TableCoding(format=FORMAT, option=option, config={"name": "integer"}, quantizer=Nearest())
     how = {"format": FORMAT, "format_name": "integer", "option": option, "dtype": dtype}
     embedding = PackedEmbedding(*shape, scale=scale, **how)  # type: ignore[arg-type]
-    embedding.load_state_dict(round_table(table, coding))
+    embedding.load_state_dict(round_table(table, coding, None, torch.device("cpu")))
     return embedding, embedding.stored()
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from aptq.api import AptqError, Format, Option, QuantizedWeight, StoredEmbedding
+from aptq.api import AptqError, Callback, Curvature, Format, Option, QuantizedWeight, Quantizer, StoredEmbedding
 from aptq.calibration.distribute import broadcast_tensors
+from aptq.calibration.head_curvature import head_curvature
 from aptq.calibration.walk import Walk
 from aptq.embedding import PackedEmbedding
 from aptq.layer import PackedLinear
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from aptq.models.source import ModelSource
 
+STAGE = "embedding"
 _ROWS = 4096
 """Rounded at a time: a grid expands its scales and zero points to a float for every weight."""
 
@@ -32,6 +34,7 @@ class TableCoding:
     format: Format
     option: Option
     config: Mapping[str, Any]  # name and options of the format
+    quantizer: Quantizer  # of a table with a curvature: that of the layers
 
     def check(self, embedding: TokenEmbedding) -> None:
         """Raise ``AptqError`` when a table of this shape cannot be stored so."""
@@ -48,33 +51,58 @@ class TableCoding:
         )
 
 
-def round_table(table: Tensor, coding: TableCoding) -> dict[str, Tensor]:
-    """Return the packed tensors of a table ``[vocabulary, hidden]``, each weight at the nearest level of its group.
+def round_table(
+    table: Tensor, coding: TableCoding, curvature: Curvature | None, device: torch.device
+) -> dict[str, Tensor]:
+    """Return the packed tensors of a table ``[vocabulary, hidden]``, on the device that it is rounded on.
 
-    A row is looked up for its own sake: there is no curvature that would weigh its errors, or feed them on.
+    Without a curvature each weight goes to the nearest level of its group: a row is looked up for its own sake. With
+    one (``head_curvature``) the quantizer chooses the codes.
     """
-    codes: list[Tensor] = []
-    parameters: list[Mapping[str, Tensor]] = []
-    for rows in table.split(_ROWS):
-        weight = rows.float()[None]
-        grid = coding.format.fit(weight, coding.option)
-        rounded = grid.finish(grid.round(weight.transpose(1, 2), slice(None))[0])
-        codes.append(rounded.codes)
-        parameters.append(rounded.parameters)
+    rounded = _rounding(coding, curvature)
+    parts = [rounded(rows.to(device).float()) for rows in table.split(_ROWS)]
     # Scales and zero points are [groups, rows].
-    joined = {name: torch.cat([each[name] for each in parameters], dim=-1) for name in parameters[0]}
-    return coding.format.pack(QuantizedWeight(codes=torch.cat(codes), parameters=joined), coding.option)
+    joined = {name: torch.cat([each.parameters[name] for each in parts], dim=-1) for name in parts[0].parameters}
+    codes = torch.cat([each.codes for each in parts])
+    return coding.format.pack(QuantizedWeight(codes=codes, parameters=joined), coding.option)
 
 
-def behind_embedding(walk: Walk, coding: TableCoding | None) -> Walk:
-    """Return a walk with the embedding, and a head that is tied to it, as they will be stored; None: as it is."""
-    return walk if coding is None else walk.between(packed_modules(walk.source, coding, walk.fabric))
+def _rounding(coding: TableCoding, curvature: Curvature | None) -> Callable[[Tensor], QuantizedWeight]:
+    """Return the function that rounds rows ``[rows, hidden]``."""
+    quantizer, format, option = coding.quantizer, coding.format, coding.option
+    if curvature is not None:
+        factors = quantizer.prepare(curvature)
+        return lambda rows: quantizer.quantize(rows, factors, format, option).weight
+
+    def nearest(rows: Tensor) -> QuantizedWeight:
+        grid = format.fit(rows[None], option)
+        return grid.finish(grid.round(rows.T[None], slice(None))[0])
+
+    return nearest
 
 
-def packed_modules(source: ModelSource, coding: TableCoding, fabric: Fabric) -> dict[str, nn.Module]:
+def behind_embedding(walk: Walk, coding: TableCoding, callbacks: Callback) -> Walk:
+    """Return a walk with the embedding, and a head that is tied to it, as they will be stored."""
+    curvature = head_curvature(
+        walk, lambda done, name: callbacks.on_advance(stage=STAGE, done=done, detail=f"the head's inputs: {name}")
+    )
+    callbacks.on_advance(stage=STAGE, done=steps_of(walk.source) - 1, detail="rounding")
+    return walk.between(packed_modules(walk.source, coding, walk.fabric, curvature))
+
+
+def steps_of(source: ModelSource) -> int:
+    """Return how many steps ``behind_embedding`` takes: the blocks where a head is tied, and the rounding."""
+    tied = source.embedding is not None and source.embedding.head is not None
+    return 1 + tied * len(source.block_names)
+
+
+def packed_modules(
+    source: ModelSource, coding: TableCoding, fabric: Fabric, curvature: Curvature | None = None
+) -> dict[str, nn.Module]:
     """Return what stands in for modules of the model: the packed embedding, and the head that is tied to it if one is.
 
-    They are on the CPU, as what is outside the blocks is. The first rank rounds, so that all have the same bits.
+    They are on the CPU, as what is outside the blocks is. The first rank, which has the curvature if there is one,
+    rounds, so that all have the same bits.
 
     Raises:
         AptqError: the table holds what cannot be stored: NaN, infinity, or values too large for a scale.
@@ -84,7 +112,7 @@ def packed_modules(source: ModelSource, coding: TableCoding, fabric: Fabric) -> 
     tensors = None
     if fabric.global_rank == 0:
         try:
-            tensors = {name: each.to(fabric.device) for name, each in round_table(embedding.table, coding).items()}
+            tensors = round_table(embedding.table, coding, curvature, fabric.device)
         except AptqError as error:
             raise AptqError(
                 f"model.quantize_embeddings: {embedding.name} cannot be stored at {coding.option.bits} bits, its "

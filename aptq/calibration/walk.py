@@ -105,8 +105,7 @@ class Walk:
         yield from self.blocks(full_precision=full_precision)
         if (name := self.source.head_name) is not None:
             originals = self._head_inputs(name, self._last_full_precision) if full_precision else None
-            inputs = self._head_inputs(name, self.last_hidden)
-            yield self._step(self._guided(self.source.load_head()), inputs, originals, last=True)
+            yield self._step(self._guided(self.source.load_head()), self.head_inputs(name), originals, last=True)
 
     def step(self, block: Block, hidden: Sequence[Tensor]) -> Step:
         """Return the step of a block that is fed hidden states from elsewhere, batch by batch."""
@@ -146,6 +145,10 @@ class Walk:
         if originals is not None:
             step.full_precision = Step(block=block, inputs=originals, autocast=self.autocast, last=last)
         return step
+
+    def head_inputs(self, name: str) -> list[BlockInputs]:
+        """Return what the head of that name is called with after the whole walk, one sample each."""
+        return self._head_inputs(name, self.last_hidden)
 
     def _head_inputs(self, name: str, last_hidden: list[Tensor]) -> list[BlockInputs]:
         """Run what lies between the last block and the head; one sample each, since its outputs are wide."""

@@ -18,6 +18,7 @@ from aptq.embedding import PackedEmbedding
 from aptq.formats.integer import Integer
 from aptq.layer import PackedLinear
 from aptq.models import ModelSource, open_model
+from aptq.quantizers.gptq import GPTQ
 from aptq.quantizers.nearest import Nearest
 from aptq.settings import ModelSettings
 
@@ -26,7 +27,8 @@ FABRIC = Fabric(accelerator="cpu", devices=1)
 
 
 def _coding(bits: int) -> TableCoding:
-    return TableCoding(format=FORMAT, option=Option(bits, 32, "integer"), config={"name": "integer"})
+    option = Option(bits, 32, "integer")
+    return TableCoding(format=FORMAT, option=option, config={"name": "integer"}, quantizer=GPTQ())
 
 
 def _source(folder: Path) -> ModelSource:
@@ -41,9 +43,20 @@ def test_parts_of_a_table_are_rounded_as_the_whole(bits: int, rows: int, monkeyp
     factors = nearest.prepare(Curvature(column=torch.eye(72)[None], tokens=1))
     expected = FORMAT.pack(nearest.quantize(table, factors, FORMAT, option).weight, option)
     monkeypatch.setattr(module, "_ROWS", rows)
-    found = round_table(table, _coding(bits))
+    found = round_table(table, _coding(bits), None, torch.device("cpu"))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_table_with_a_curvature_is_rounded_by_the_quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, states = torch.randn(261, 72), torch.randn(300, 72) @ torch.randn(72, 72)
+    curvature, option = Curvature(column=2 * (states.T @ states)[None] / 300, tokens=300), Option(3, 32)
+    whole = GPTQ().quantize(table, GPTQ().prepare(curvature), FORMAT, option).weight
+    monkeypatch.setattr(module, "_ROWS", 100)
+    found, nearest = (round_table(table, _coding(3), each, torch.device("cpu")) for each in (curvature, None))
+    values = [FORMAT.dequantize(FORMAT.unpack(each, option, table.shape), option) for each in (found, nearest)]
+    assert (values[0] == FORMAT.dequantize(whole, option)).float().mean() > 0.98, "but for ties of float32"
+    assert curvature.quadratic(table - values[0]) < 0.5 * curvature.quadratic(table - values[1])
 
 
 def test_a_table_that_cannot_be_stored_is_refused(tiny_model_folder: Callable[..., Path]) -> None:
