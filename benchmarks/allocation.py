@@ -88,7 +88,7 @@ ROWS |= {f"{row}, {ROTATED}": [*ROWS[row], "transform=hadamard"] for row in _ROT
 ROWS[f"{MIXED}, {ROTATED}"] = [*(word for word in ROWS[MIXED] if word != _PREDICTED), "transform=hadamard"]
 REFINED = "refined"
 """The same with refinement, the default, which no other row has."""
-_REFINED = {f"{row}, {ROTATED}, {REFINED}": ROWS[f"{row}, {ROTATED}"] for row in (UNIFORM, "output (default)")}
+_REFINED = {f"{row}, {ROTATED}, {REFINED}": ROWS[f"{row}, {ROTATED}"] for row in (UNIFORM, "output (default)", TRELLIS)}
 ROWS = {row: [*words, "quantizer.refine=0"] for row, words in ROWS.items()} | _REFINED
 
 _OWN = {
