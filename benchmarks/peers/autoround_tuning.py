@@ -65,6 +65,8 @@ def dump(arguments: argparse.Namespace) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, device_map="cpu")
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
+    if not layers:  # asymmetric codes of 4 bits are saved in AWQ's layout, which 0.16.1 cannot read back on a CPU
+        raise SystemExit(f"AutoRound's loader gave no packed layers of {arguments.model}: it cannot be judged here.")
     with torch.no_grad():
         dense = {
             f"{name}.weight": layer(torch.eye(layer.infeatures)).float().T.contiguous()
