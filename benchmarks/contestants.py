@@ -73,6 +73,7 @@ class Peer:
     environment: Environment
     script: str  # with the subcommands ``quantize`` and ``dump``
     options: Sequence[str] = ()  # of ``quantize``
+    unreadable: Sequence[int] = ()  # widths whose checkpoint its own loader cannot read back on a CPU
     isolated: bool = True
     python: Path | None = None
 
@@ -116,10 +117,11 @@ class Peer:
 def peers() -> list[Peer]:
     """Return llm-compressor's GPTQ, and AutoRound's rounding by its default recipe and by its light one."""
     compressor, rounds = Environment("llmcompressor", ["llmcompressor==0.14.0.1"]), AUTOROUND.environment
+    light, awq = ["--steps=50", "--rate=0.005"], [4]  # asymmetric codes of 4 bits are saved in AWQ's layout
     return [
         Peer("llm-compressor", compressor, "llmcompressor_gptq.py"),
-        Peer("auto-round", rounds, "autoround_tuning.py"),
-        Peer("auto-round-light", rounds, "autoround_tuning.py", ["--steps=50", "--rate=0.005"]),
+        Peer("auto-round", rounds, "autoround_tuning.py", unreadable=awq),
+        Peer("auto-round-light", rounds, "autoround_tuning.py", light, unreadable=awq),
     ]
 
 

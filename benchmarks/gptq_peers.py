@@ -96,7 +96,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--environments", type=Path, default=DEFAULT_CACHE, help="where peers are installed")
     parser.add_argument("--json", type=Path, help="also write all figures here")
     parser.add_argument("--markdown", type=Path, default=HERE / "results" / "gptq_peers.md")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    for peer in peers():
+        if peer.name in options.contestants and (lost := {*peer.unreadable} & {*map(int, options.bits.split(","))}):
+            parser.error(f"{peer.name} cannot read back what it saves at {lost} bits here; choose other --bits")
+    return options
 
 
 def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:

@@ -7,12 +7,10 @@ for the common judge. Nothing of aptq is imported here.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import shutil
 import time
 
-from job_options import commands
+from job_options import commands, write_record
 
 START = time.perf_counter()
 
@@ -52,9 +50,7 @@ def quantize(arguments: argparse.Namespace) -> None:
     seconds["quantize"] = time.perf_counter() - start
     shutil.move(folder, arguments.output)
 
-    packages = ("auto-round", "torch", "transformers")
-    record = {"seconds": seconds, "versions": {name: importlib.metadata.version(name) for name in packages}}
-    arguments.record.write_text(json.dumps(record, indent=2), encoding="utf-8")
+    write_record(arguments.record, seconds, ("auto-round", "torch", "transformers"))
 
 
 def dump(arguments: argparse.Namespace) -> None:
@@ -65,7 +61,7 @@ def dump(arguments: argparse.Namespace) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, device_map="cpu")
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
-    if not layers:  # asymmetric codes of 4 bits are saved in AWQ's layout, which 0.16.1 cannot read back on a CPU
+    if not layers:
         raise SystemExit(f"AutoRound's loader gave no packed layers of {arguments.model}: it cannot be judged here.")
     with torch.no_grad():
         dense = {

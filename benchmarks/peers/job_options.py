@@ -1,9 +1,11 @@
-"""What every script here is told that quantizes by itself: the same two subcommands, whoever the peer is."""
+"""What every script here is told and tells that quantizes by itself: the same two subcommands and record."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 Subcommand = Callable[[argparse.Namespace], None]
@@ -36,3 +38,9 @@ def commands(
     judged.add_argument("--output", required=True, help="safetensors file of dense weights")
     judged.set_defaults(run=dump)
     return parser, job
+
+
+def write_record(path: Path, seconds: Mapping[str, float], packages: Sequence[str]) -> None:
+    """Write the seconds of each stage, and which versions of packages took them."""
+    record = {"seconds": seconds, "versions": {name: importlib.metadata.version(name) for name in packages}}
+    path.write_text(json.dumps(record, indent=2), encoding="utf-8")

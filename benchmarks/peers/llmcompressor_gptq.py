@@ -7,11 +7,9 @@ for the common judge. Nothing of aptq is imported here.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import time
 
-from job_options import commands
+from job_options import commands, write_record
 
 START = time.perf_counter()
 
@@ -59,9 +57,7 @@ def quantize(arguments: argparse.Namespace) -> None:
     model.save_pretrained(arguments.output, save_compressed=True)
     seconds["save"] = time.perf_counter() - start
 
-    packages = ("llmcompressor", "compressed-tensors", "torch", "transformers")
-    record = {"seconds": seconds, "versions": {name: importlib.metadata.version(name) for name in packages}}
-    arguments.record.write_text(json.dumps(record, indent=2), encoding="utf-8")
+    write_record(arguments.record, seconds, ("llmcompressor", "compressed-tensors", "torch", "transformers"))
 
 
 def dump(arguments: argparse.Namespace) -> None:
